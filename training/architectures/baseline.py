@@ -1,0 +1,13 @@
+"""The standard Transformer: every layer has its own weights, and the stack runs once."""
+
+from torch import Tensor
+
+from training.architectures.encoder import Encoder
+
+
+class StandardTransformer(Encoder):
+    """The yardstick that the recurrent model is measured against."""
+
+    def step(self, h_BLD: Tensor, mask_BL: Tensor | None) -> tuple[Tensor, Tensor]:
+        h_BLD = self.run_layers(h_BLD, mask_BL)
+        return h_BLD, self.head(h_BLD)

@@ -1,0 +1,66 @@
+"""The options of a training: what `python -m training train` takes, and what a run keeps in `config.json`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from training.shapes import SHAPES, EncoderConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Trains one model on one data set and writes a run directory."""
+
+    dataset: str = "sst2"
+    """sst2, imdb, yelp_polarity, amazon_polarity, ag_news, 20newsgroups, sentiment (a mix), domain, or a folder of
+    --data-dir."""
+    data_dir: Path | None = None
+    """Read NAME/{train,validation,test}.{jsonl,csv,tsv,parquet} (text also .gz) here instead of from the hub."""
+    output_dir: Path = Path("runs/default")
+    """The run directory. A run that stands there unfinished is resumed when the options are the same."""
+
+    architecture: Literal["recurrent", "baseline"] = "recurrent"
+    recurrent_depth: int = 2
+    """Iterations of the recurrent model's shared layers; the baseline always takes one."""
+    layers: int | None = None
+    """Layers, hidden width, heads, feed-forward width: the architecture's own unless given."""
+    width: int | None = None
+    heads: int | None = None
+    feed_forward: int | None = None
+    max_tokens: int = 256
+    """Longer texts are cut, in training and in serving."""
+    tokenizer: Literal["wordpiece", "bpe"] = "wordpiece"
+    vocabulary: int = 4096
+
+    batch_size: int = 32
+    """Texts per process in one forward pass."""
+    gradient_accumulation: int = 1
+    """Batches per optimiser step."""
+    learning_rate: float = 5e-4
+    """The peak; linear warm-up to it, cosine decay to zero."""
+    warmup_share: float = 0.06
+    weight_decay: float = 0.05
+    clip_norm: float = 1.0
+    num_epochs: int = 10
+    early_stopping_patience: int = 3
+    """Epochs without a better validation accuracy before training stops."""
+    dropout: float = 0.1
+    token_dropout: float = 0.1
+    """Share of tokens replaced by [MASK] in training."""
+    label_smoothing: float = 0.0
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """fp16 needs CUDA."""
+    seed: int = 13
+    checkpoint_steps: int = 500
+    """Optimiser steps between two checkpoints."""
+
+    def encoder(self, classes: int, vocabulary: int) -> EncoderConfig:
+        """The network's shape: the architecture's own, with what the options override."""
+        shape = dict(SHAPES[self.architecture])
+        if self.architecture == "recurrent":
+            shape["iterations"] = self.recurrent_depth
+        given = {name: getattr(self, name) for name in ("layers", "width", "heads", "feed_forward")}
+        shape |= {name: value for name, value in given.items() if value is not None}
+        return EncoderConfig(
+            **shape, classes=classes, vocabulary=vocabulary, max_tokens=self.max_tokens, dropout=self.dropout
+        )

@@ -1,0 +1,180 @@
+"""The data sets that training knows by name, and their composites."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from training.errors import TrainingError
+from training.examples import SMALLEST_SPLIT, Columns, Examples, collect, find_split, label_names, read_examples
+
+SPLIT_SEED = 13
+VALIDATION_SHARE = 0.1
+POLARITY = ("negative", "positive")
+NEWSGROUPS = (
+    "alt.atheism", "comp.graphics", "comp.os.ms-windows.misc", "comp.sys.ibm.pc.hardware", "comp.sys.mac.hardware",
+    "comp.windows.x", "misc.forsale", "rec.autos", "rec.motorcycles", "rec.sport.baseball", "rec.sport.hockey",
+    "sci.crypt", "sci.electronics", "sci.med", "sci.space", "soc.religion.christian", "talk.politics.guns",
+    "talk.politics.mideast", "talk.politics.misc", "talk.religion.misc",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Source:
+    """A public data set: where the hub has it, what its folder under --data-dir may be called, what it decides."""
+
+    hub: str
+    task: str
+    labels: tuple[str, ...]
+    folders: tuple[str, ...]
+    columns: Columns = field(default_factory=Columns)
+
+
+SOURCES: Mapping[str, Source] = {
+    "sst2": Source("stanfordnlp/sst2", "sentiment", POLARITY, ("sst2",)),
+    "imdb": Source("stanfordnlp/imdb", "sentiment", POLARITY, ("imdb",)),
+    "yelp_polarity": Source("fancyzhx/yelp_polarity", "sentiment", POLARITY, ("yelp_polarity", "yelp_reviews")),
+    "amazon_polarity": Source("fancyzhx/amazon_polarity", "sentiment", POLARITY, ("amazon_polarity", "amazon_reviews")),
+    "ag_news": Source("fancyzhx/ag_news", "topic", ("world", "sports", "business", "technology"), ("ag_news",)),
+    "20newsgroups": Source(
+        "SetFit/20_newsgroups", "newsgroup", NEWSGROUPS, ("20newsgroups",), Columns(drop_empty=True)
+    ),
+}
+SENTIMENT_MIX = ("sst2", "imdb", "yelp_polarity", "amazon_polarity")
+DOMAINS: Mapping[str, str] = {
+    "movies": "imdb",
+    "local business": "yelp_polarity",
+    "online shopping": "amazon_polarity",
+}
+NAMES = (*SOURCES, "sentiment", "domain")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A task's examples. A `test` split is for the final figures alone; None where there is none with labels."""
+
+    name: str
+    task: str
+    labels: tuple[str, ...]
+    train: Examples
+    validation: Examples
+    test: Examples | None
+
+
+def load_dataset(name: str, data_dir: Path | None) -> Dataset:
+    """A data set by name: from `data_dir/NAME/{train,validation,test}.*` if given, else from the hub.
+
+    A name that is not listed is one's own: a folder of `data_dir`, labelled as its training file is. Where there is
+    no validation split, a tenth of the training split is cut off for it, always the same.
+    """
+    if name == "sentiment":
+        return _sentiment_mix(data_dir)
+    if name == "domain":
+        return _domain(data_dir)
+    if name not in SOURCES and data_dir is None:
+        raise TrainingError(f"unknown data set '{name}'; known: {', '.join(NAMES)}, or a folder of --data-dir")
+    return _from_files(name, data_dir) if data_dir else _from_hub(name)
+
+
+def _from_files(name: str, data_dir: Path) -> Dataset:
+    source = SOURCES.get(name)
+    candidates = [data_dir / folder for folder in (source.folders if source else (name,))]
+    folder = next((path for path in candidates if path.is_dir()), None)
+    if folder is None:
+        raise TrainingError(f"no folder {' or '.join(map(str, candidates))} for data set '{name}'")
+    train_path = find_split(folder, "train")
+    if train_path is None:
+        raise TrainingError(f"{folder}: no train.jsonl, .csv, .tsv (each also .gz) or .parquet")
+    columns = source.columns if source else Columns()
+    labels = source.labels if source else tuple(label_names(train_path, columns.label))
+
+    def split(which: str) -> Examples | None:
+        path = find_split(folder, which)
+        return read_examples(path, labels, columns) if path else None
+
+    return _assemble(name, source.task if source else name, labels, split("train"), split("validation"), split("test"))
+
+
+def _from_hub(name: str) -> Dataset:
+    import datasets  # a second to import, and local files don't need it
+
+    source = SOURCES[name]
+    try:
+        splits = datasets.load_dataset(source.hub)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TrainingError(f"data set {source.hub} cannot be loaded ({reason}); --data-dir reads files") from error
+
+    def split(which: str) -> Examples | None:
+        if which not in splits or min(splits[which].unique(source.columns.label)) == -1:  # -1: labels withheld
+            return None
+        return collect(splits[which], f"{source.hub} {which}", source.labels, source.columns)
+
+    return _assemble(name, source.task, source.labels, split("train"), split("validation"), split("test"))
+
+
+def _assemble(
+    name: str,
+    task: str,
+    labels: Sequence[str],
+    train: Examples | None,
+    validation: Examples | None,
+    test: Examples | None,
+) -> Dataset:
+    if train is None:
+        raise TrainingError(f"data set '{name}' has no training split")
+    if validation is None:
+        order = _shuffled(len(train))
+        cut = max(SMALLEST_SPLIT, round(len(train) * VALIDATION_SHARE))
+        train, validation = train.pick(order[cut:]), train.pick(order[:cut])
+    missing = [label for number, label in enumerate(labels) if number not in set(train.labels)]
+    if missing or len(labels) < 2:
+        raise TrainingError(
+            f"data set '{name}': too small to train on; no example of {', '.join(missing) or 'a second label'}"
+        )
+    return Dataset(name, task, tuple(labels), train, validation, test)
+
+
+def _shuffled(count: int) -> list[int]:
+    order = list(range(count))
+    random.Random(SPLIT_SEED).shuffle(order)
+    return order
+
+
+def _sentiment_mix(data_dir: Path | None) -> Dataset:
+    parts = [load_dataset(name, data_dir) for name in SENTIMENT_MIX]
+    tests = [part.test for part in parts if part.test]
+    return Dataset(
+        "sentiment",
+        "sentiment",
+        POLARITY,
+        _join([part.train for part in parts]),
+        _join([part.validation for part in parts]),
+        _join(tests) if tests else None,
+    )
+
+
+def _join(parts: Sequence[Examples]) -> Examples:
+    return Examples([t for part in parts for t in part.texts], [n for part in parts for n in part.labels])
+
+
+def _domain(data_dir: Path | None) -> Dataset:
+    parts = [load_dataset(name, data_dir) for name in DOMAINS.values()]
+    tests = [part.test for part in parts]
+    return Dataset(
+        "domain",
+        "domain",
+        tuple(DOMAINS),
+        _balanced([part.train for part in parts]),
+        _balanced([part.validation for part in parts]),
+        _balanced([test for test in tests if test]) if all(tests) else None,
+    )
+
+
+def _balanced(parts: Sequence[Examples]) -> Examples:
+    """As many of each part as the smallest has, labelled by the part's place."""
+    smallest = min(map(len, parts))
+    chosen = [part.pick(_shuffled(len(part))[:smallest]) for part in parts]
+    return Examples(
+        [t for part in chosen for t in part.texts], [n for n, part in enumerate(chosen) for _ in part.texts]
+    )

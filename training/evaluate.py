@@ -1,0 +1,99 @@
+"""How good a run is: per split, per class, at every iteration, with the time and size it takes."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from tqdm import tqdm
+
+from training import run as runs
+from training.architectures.encoder import Encoder
+from training.batches import pad, sorted_batches
+from training.data import load_dataset
+from training.errors import TrainingError
+from training.scores import score
+from training.tokenizer import encode
+
+BATCH_SIZE = 64
+
+
+@torch.inference_mode()
+def predict(
+    model: Encoder, tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int, iterations: int | None = None
+) -> Tensor:
+    """The logits of every iteration for every text, (R, N, C) float32, in the texts' order."""
+    ids = encode(tokenizer, texts, max_tokens)
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    batches = sorted_batches([len(row) for row in ids], BATCH_SIZE)
+    parts = []
+    for batch in tqdm(batches, desc="predict", unit="batch", leave=False, delay=5):
+        ids_BL, mask_BL = pad([ids[index] for index in batch])
+        parts.append(
+            model(ids_BL.to(device), None if mask_BL is None else mask_BL.to(device), iterations).float().cpu()
+        )
+    model.train(was_training)
+    order_N = torch.tensor([index for batch in batches for index in batch])
+    return torch.cat(parts, dim=1)[:, order_N.argsort()]
+
+
+def evaluate(
+    run: Path, data_dir: Path | None, split: str, dataset_name: str | None, iterations: int | None
+) -> dict[str, Any]:
+    """The figures of a run on one split of its own data set, or of another with the same labels."""
+    info = runs.read_info(run)
+    dataset = load_dataset(dataset_name or info.options["dataset"], data_dir)
+    if list(dataset.labels) != info.labels:
+        raise TrainingError(f"{dataset.name} has labels {', '.join(dataset.labels)}, the run {', '.join(info.labels)}")
+    examples = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}[split]
+    if examples is None:
+        raise TrainingError(f"data set '{dataset.name}' has no labelled {split} split")
+    model = runs.read_model(run)
+    parameters = sum(p.numel() for p in model.parameters())
+    started = time.perf_counter()
+    logits_RNC = predict(model, runs.read_tokenizer(run), examples.texts, model.config.max_tokens, iterations)
+    seconds = time.perf_counter() - started
+    return {
+        "run": info.provenance["run_id"],
+        "dataset": dataset.name,
+        "split": split,
+        "parameters": parameters,
+        "megabytes_fp32": parameters * 4 / 1e6,
+        "milliseconds_per_text": seconds * 1000 / len(examples),
+        "iterations": {
+            str(n): score(examples.labels, predicted, info.labels)
+            for n, predicted in enumerate(logits_RNC.argmax(-1).tolist(), start=1)
+        },
+    }
+
+
+def table(figures: dict[str, Any]) -> str:
+    """The figures for a terminal: a line per iteration, then per class and confusions of the last one."""
+    lines = [
+        f"{figures['run']} on {figures['dataset']} {figures['split']}: {figures['parameters'] / 1e6:.2f} M parameters, "
+        f"{figures['megabytes_fp32']:.1f} MB in FP32, {figures['milliseconds_per_text']:.2f} ms per text",
+        "",
+        f"{'iteration':<12}{'accuracy':>10}{'macro F1':>10}{'precision':>11}{'recall':>10}",
+    ]
+    for number, one in figures["iterations"].items():
+        lines.append(
+            f"{number:<12}{one['accuracy']:>10.4f}{one['macro_f1']:>10.4f}"
+            f"{one['macro_precision']:>11.4f}{one['macro_recall']:>10.4f}"
+        )
+    last = list(figures["iterations"].values())[-1]
+    width = max(len(label) for label in last["per_class"]) + 2
+    lines += [
+        "",
+        f"{'class':<{width}}{'precision':>10}{'recall':>10}{'F1':>10}{'texts':>8}   predicted as (in this order)",
+    ]
+    for (label, one), row in zip(last["per_class"].items(), last["confusion_matrix"], strict=True):
+        lines.append(
+            f"{label:<{width}}{one['precision']:>10.4f}{one['recall']:>10.4f}{one['f1']:>10.4f}{one['texts']:>8}   "
+            + " ".join(f"{count:>6}" for count in row)
+        )
+    return "\n".join(lines)

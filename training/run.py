@@ -1,0 +1,108 @@
+"""A run directory: what one training leaves behind, and all that evaluation and export need.
+
+config.json         options, shape, task and labels, data, versions
+tokenizer.json      as learned from the training split
+model.safetensors   the weights with the best validation accuracy
+last.pt             the latest checkpoint: weights, optimiser, progress (tensors and numbers; no pickled objects)
+metrics.jsonl       a line per log interval and per epoch
+evaluation.json     what `evaluate` found
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+
+from training.architectures import ARCHITECTURES
+from training.architectures.encoder import Encoder
+from training.errors import TrainingError
+from training.shapes import EncoderConfig
+
+WEIGHTS, LAST, CONFIG, TOKENIZER, METRICS = (
+    "model.safetensors", "last.pt", "config.json", "tokenizer.json", "metrics.jsonl",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """`config.json`. `options` are the training's own (`TrainConfig` as JSON), `provenance` is for people."""
+
+    task: str
+    labels: list[str]
+    architecture: str
+    encoder: dict[str, Any]
+    options: dict[str, Any]
+    provenance: dict[str, Any]
+
+    def build_model(self) -> Encoder:
+        return ARCHITECTURES[self.architecture](EncoderConfig(**self.encoder))
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    replace(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Writes beside and renames, so that a reader or a crash never meets half a file."""
+    beside = path.with_name(path.name + ".partial")
+    beside.write_bytes(content)
+    os.replace(beside, path)
+
+
+def write_info(run: Path, info: RunInfo) -> None:
+    write_json(run / CONFIG, asdict(info))
+
+
+def read_info(run: Path) -> RunInfo:
+    path = run / CONFIG
+    try:
+        return RunInfo(**json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise TrainingError(f"{run} is not a run directory: it has no {CONFIG}") from error
+    except (ValueError, TypeError) as error:
+        raise TrainingError(f"{path} is not a run's configuration: {error}") from error
+
+
+def read_tokenizer(run: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(run / TOKENIZER))
+
+
+def write_weights(run: Path, model: torch.nn.Module) -> None:
+    beside = run / f"{WEIGHTS}.partial"
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, beside)
+    os.replace(beside, run / WEIGHTS)
+
+
+def read_model(run: Path) -> Encoder:
+    """The run's best weights in its architecture, ready for evaluation."""
+    model = read_info(run).build_model()
+    path = run / WEIGHTS
+    try:
+        model.load_state_dict(load_file(path))
+    except FileNotFoundError as error:
+        raise TrainingError(f"{path} is missing: the run has no checkpoint yet") from error
+    except (SafetensorError, RuntimeError) as error:
+        raise TrainingError(f"{path} does not hold this run's weights: {error}") from error
+    return model.eval()
+
+
+def write_checkpoint(run: Path, checkpoint: Mapping[str, Any]) -> None:
+    beside = run / f"{LAST}.partial"
+    torch.save(dict(checkpoint), beside)
+    os.replace(beside, run / LAST)
+
+
+def read_checkpoint(run: Path) -> dict[str, Any] | None:
+    """The latest checkpoint, or None where the run has not got that far."""
+    path = run / LAST
+    if not path.exists():
+        return None
+    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return checkpoint

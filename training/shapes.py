@@ -1,0 +1,25 @@
+"""The shapes of the networks, apart from the networks: the command line needs them without loading torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The shape of an encoder. `iterations` is how often the stack of layers runs (1 for the baseline)."""
+
+    layers: int
+    iterations: int
+    width: int
+    heads: int
+    feed_forward: int
+    classes: int
+    vocabulary: int = 4096
+    max_tokens: int = 256
+    dropout: float = 0.1
+
+
+SHAPES: Mapping[str, Mapping[str, int]] = {
+    "recurrent": {"layers": 3, "iterations": 2, "width": 256, "heads": 4, "feed_forward": 680},
+    "baseline": {"layers": 6, "iterations": 1, "width": 384, "heads": 6, "feed_forward": 680},
+}
