@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
         defaults, arguments = _take_config_file(arguments)
         command = tyro.cli(
             Annotated[TrainConfig, tyro.conf.subcommand("train", default=defaults)]
-            | Annotated[EvaluateConfig, tyro.conf.subcommand("evaluate")],  # type: ignore[arg-type]  # tyro takes unions
+            | Annotated[EvaluateConfig, tyro.conf.subcommand("evaluate")],
             prog="python -m training",
             description="Trains and evaluates the text classifiers. `train --config FILE` reads options from TOML or "
             "JSON; options on the command line win.",
@@ -85,8 +85,8 @@ def _take_config_file(arguments: list[str]) -> tuple[TrainConfig, list[str]]:
     values = {name.replace("-", "_"): value for name, value in values.items()}
     if unknown := sorted(values.keys() - known):
         raise TrainingError(f"--config {path}: unknown options {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-    paths = {name: Path(values[name]) for name in ("data_dir", "output_dir") if name in values}
-    return TrainConfig(**values | paths), arguments[:at] + arguments[at + 2 :]
+    values |= {name: Path(values[name]) for name in ("data_dir", "output_dir") if name in values}
+    return TrainConfig(**values), arguments[:at] + arguments[at + 2 :]
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ evaluation.json     what `evaluate` found
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,7 +52,7 @@ def replace(path: Path, content: bytes) -> None:
     """Writes beside and renames, so that a reader or a crash never meets half a file."""
     beside = path.with_name(path.name + ".partial")
     beside.write_bytes(content)
-    os.replace(beside, path)
+    beside.replace(path)
 
 
 def write_info(run: Path, info: RunInfo) -> None:
@@ -77,7 +76,7 @@ def read_tokenizer(run: Path) -> Tokenizer:
 def write_weights(run: Path, model: torch.nn.Module) -> None:
     beside = run / f"{WEIGHTS}.partial"
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, beside)
-    os.replace(beside, run / WEIGHTS)
+    beside.replace(run / WEIGHTS)
 
 
 def read_model(run: Path) -> Encoder:
@@ -96,7 +95,7 @@ def read_model(run: Path) -> Encoder:
 def write_checkpoint(run: Path, checkpoint: Mapping[str, Any]) -> None:
     beside = run / f"{LAST}.partial"
     torch.save(dict(checkpoint), beside)
-    os.replace(beside, run / LAST)
+    beside.replace(run / LAST)
 
 
 def read_checkpoint(run: Path) -> dict[str, Any] | None:

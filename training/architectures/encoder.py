@@ -16,6 +16,9 @@ class Encoder(nn.Module, ABC):
     A mask is True where there is a token; None means that every position is one.
     """
 
+    cos_MJ: Tensor
+    sin_MJ: Tensor
+
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config

@@ -27,7 +27,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        normed: Tensor = rms_norm(x, self.weight, self.eps)
+        return normed
 
 
 class Attention(nn.Module):
@@ -78,7 +79,8 @@ class Layer(nn.Module):
 
     def forward(self, h_BLD: Tensor, mask_B1LL: Tensor | None, cos_BLJ: Tensor, sin_BLJ: Tensor) -> Tensor:
         h_BLD = h_BLD + self.dropout(self.attention(self.attention_norm(h_BLD), mask_B1LL, cos_BLJ, sin_BLJ))
-        return h_BLD + self.dropout(self.feed_forward(self.feed_forward_norm(h_BLD)))
+        out_BLD: Tensor = h_BLD + self.dropout(self.feed_forward(self.feed_forward_norm(h_BLD)))
+        return out_BLD
 
 
 class Head(nn.Module):

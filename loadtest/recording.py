@@ -1,0 +1,58 @@
+"""What the load generator saw, request by request, so that percentiles come from every response time, not buckets."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+_DISTINCT_FAILURES = 20
+"""So many reasons are told apart; the rest is counted together, as a reason may hold text that varies."""
+
+
+@dataclass
+class Recording:
+    """One run of load. Times are wall-clock seconds; `milliseconds` are the latencies of answered requests alone."""
+
+    milliseconds: list[float] = field(default_factory=list)
+    failures: dict[str, int] = field(default_factory=dict)
+    first_start: float | None = None
+    last_end: float = 0.0
+    generator_cpu_seconds: float = 0.0
+    generator_wall_seconds: float = 0.0
+
+    def add(self, start: float, milliseconds: float, failure: str | None) -> None:
+        """One finished request: `failure` says what was wrong with it, None that it was answered as it should."""
+        self.first_start = start if self.first_start is None else min(self.first_start, start)
+        self.last_end = max(self.last_end, start + milliseconds / 1000)
+        if failure is None:
+            self.milliseconds.append(milliseconds)
+        else:
+            known = failure in self.failures or len(self.failures) < _DISTINCT_FAILURES
+            reason = failure if known else "other reasons"
+            self.failures[reason] = self.failures.get(reason, 0) + 1
+
+    @property
+    def seconds(self) -> float:
+        """From the start of the first request to the end of the last one."""
+        return 0.0 if self.first_start is None else self.last_end - self.first_start
+
+    @property
+    def generator_cores(self) -> float:
+        """CPU cores that the load generator kept busy; it has one thread, so at 1 it can send no faster."""
+        return self.generator_cpu_seconds / self.generator_wall_seconds if self.generator_wall_seconds else 0.0
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> "Recording":
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def percentiles(values: Sequence[float], percents: Sequence[int]) -> list[float]:
+    """For each percent (1 to 100) the smallest of the values that at least so many of them do not exceed: nearest rank.
+
+    Whole numbers, so that no rounding moves the rank.
+    """
+    ordered = sorted(values)
+    return [ordered[-(-percent * len(ordered) // 100) - 1] for percent in percents]

@@ -1,0 +1,76 @@
+"""`python -m model_export RUN OUT` and `python -m model_export inspect BUNDLE`."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from model_export.errors import ExportError
+from service.errors import StartError
+from training.errors import TrainingError
+
+
+@dataclass(frozen=True)
+class Export:
+    """Exports a run as a bundle: ONNX graphs in FP16 and INT8, proved against PyTorch and FP32, with a manifest.
+
+    `python -m model_export inspect BUNDLE` prints what is in one.
+    """
+
+    run: tyro.conf.Positional[Path]
+    """The run directory."""
+    out: tyro.conf.Positional[Path]
+    """The bundle directory to write, models/TASK-ARCHITECTURE by custom; a bundle that stands there is replaced."""
+    data_dir: Path | None = None
+    """Read the run's data set here instead of from the hub: calibration and proof need it."""
+    precisions: tuple[Literal["fp16", "int8"], ...] = ("fp16", "int8")
+    portable: bool = False
+    """Also write one self-contained graph per precision (ids, mask -> logits), for serving elsewhere."""
+    max_accuracy_lost: float = 0.005
+    """Most accuracy (0 to 1) that a precision may lose against FP32 on the validation split."""
+    min_labels_agree: float = 0.98
+    """Least share of labels on which a precision must agree with FP32."""
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Verifies a bundle and prints what is in it."""
+
+    bundle: tyro.conf.Positional[Path]
+
+
+def main(arguments: list[str]) -> int:
+    """Runs one command; returns the exit status."""
+    try:
+        if arguments[:1] == ["inspect"]:
+            _inspect(tyro.cli(Inspect, prog="python -m model_export inspect", args=arguments[1:]))
+        else:
+            _export(tyro.cli(Export, prog="python -m model_export", args=arguments))
+    except (ExportError, TrainingError, StartError) as error:
+        print(f"model_export: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _inspect(command: Inspect) -> None:
+    from model_export.inspect import inspect  # --help shall not wait for it
+
+    print(inspect(command.bundle))
+
+
+def _export(command: Export) -> None:
+    from model_export.inspect import inspect  # torch takes seconds to import
+    from model_export.package import ExportOptions, export
+    from model_export.parity import Tolerances
+
+    tolerances = Tolerances(command.max_accuracy_lost, command.min_labels_agree)
+    options = ExportOptions(
+        command.run, command.out, command.data_dir, command.precisions, command.portable, tolerances
+    )
+    print(inspect(export(options)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,99 @@
+"""The proof that a bundle answers as the model does, through the engine that will serve it."""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from model_export.errors import ExportError
+from service.bundle import Difference
+from service.engine import Engine
+from training.architectures.encoder import Encoder
+from training.batches import pad, sorted_batches
+
+FloatArray = NDArray[np.float32]
+
+FP32_TOLERANCE = 1e-4
+LARGEST_BATCH = 33
+BATCH_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """How far a stored precision may be from FP32 on the validation split, at the last iteration."""
+
+    accuracy_lost: float = 0.005
+    labels_agree: float = 0.98
+
+
+def run_engine(engine: Engine, ids: Sequence[Sequence[int]], iterations: int) -> FloatArray:
+    """The logits of every iteration for every text, (R, N, C), in the texts' order."""
+    batches = sorted_batches([len(row) for row in ids], BATCH_SIZE)
+    parts = [_run_batch(engine, [ids[index] for index in batch], iterations) for batch in batches]
+    order_N = np.argsort([index for batch in batches for index in batch])
+    return np.concatenate(parts, axis=1)[:, order_N]
+
+
+def _run_batch(engine: Engine, ids: Sequence[Sequence[int]], iterations: int) -> FloatArray:
+    hidden, logits_BC = engine.embed(ids), []
+    for _ in range(iterations):
+        hidden, step_logits_BC = engine.step(hidden)
+        logits_BC.append(step_logits_BC)
+    return np.stack(logits_BC)
+
+
+def odd_batches(vocabulary: int, max_tokens: int, seed: int = 13) -> Iterator[list[list[int]]]:
+    """Batches of every size from 1 to 33, of lengths from 1 to the maximum, with and without padding."""
+    rng = random.Random(seed)
+    ceilings = [1, 2, 3, 5, 8, 16, 17, 31, 33, 64, max_tokens]
+    for size in range(1, LARGEST_BATCH + 1):
+        ceiling = min(ceilings[size % len(ceilings)], max_tokens)
+        lengths = [ceiling, *(rng.randint(1, ceiling) for _ in range(size - 1))]
+        rng.shuffle(lengths)
+        yield [[rng.randrange(vocabulary) for _ in range(length)] for length in lengths]
+
+
+@torch.inference_mode()
+def fp32_difference(model: Encoder, engine: Engine, iterations: int) -> tuple[float, int]:
+    """The largest |difference of logits| between PyTorch and the FP32 graphs, and the number of texts compared."""
+    worst, texts = 0.0, 0
+    batches = list(odd_batches(model.config.vocabulary, model.config.max_tokens))
+    for ids in tqdm(batches, desc="parity with PyTorch", unit="batch", leave=False, delay=2):
+        expected_RBC = model(*pad(ids), iterations).numpy()
+        worst = max(worst, float(np.abs(_run_batch(engine, ids, iterations) - expected_RBC).max()))
+        texts += len(ids)
+    if not worst <= FP32_TOLERANCE:
+        raise ExportError(
+            f"FP32 against PyTorch: the logits differ by up to {worst:.2e}, the tolerance is {FP32_TOLERANCE:.0e}"
+        )
+    return worst, texts
+
+
+def precision_difference(
+    name: str,
+    split: str,
+    fp32_NC: FloatArray,
+    found_NC: FloatArray,
+    labels: Sequence[int],
+    tolerances: Tolerances,
+) -> Difference:
+    """How far a stored precision is from FP32; ExportError names a figure that is out of tolerance."""
+    expected_N, found_N, truth_N = fp32_NC.argmax(-1), found_NC.argmax(-1), np.array(labels)
+    agree = float((expected_N == found_N).mean())
+    lost = float((expected_N == truth_N).mean() - (found_N == truth_N).mean())
+    if lost > tolerances.accuracy_lost:
+        raise ExportError(
+            f"{name} loses {lost:.4f} of accuracy on {split}, the tolerance is {tolerances.accuracy_lost}"
+        )
+    if agree < tolerances.labels_agree:
+        raise ExportError(
+            f"{name} agrees with FP32 on {agree:.4f} of the labels on {split}, at least {tolerances.labels_agree}"
+        )
+    worst = float(np.abs(fp32_NC - found_NC).max())
+    return Difference(
+        split=split, texts=len(labels), labels_agree=agree, accuracy_lost=lost, max_logit_difference=worst
+    )

@@ -1,0 +1,131 @@
+"""The HTTP application: its paths, put together with what answers them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import HTMLResponse, PlainTextResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+
+from service import __version__
+from service.bundle import Bundle
+from service.classify import classify
+from service.errors import RefrainError
+from service.front import Front
+from service.loading import MakeEngine, Model, load_bundles, make_engine
+from service.openapi import BODY, document, problems
+from service.problems import on_bug, on_http_exception, on_refrain_error
+from service.runtime import Runtime
+from service.schemas import ClassifyAnswer, ModelInfo, ModelsAnswer, Status
+from service.settings import Settings
+
+PLAYGROUND = Path(__file__).with_name("playground.html").read_text(encoding="utf-8")
+# The page holds its own script and style, and talks to nobody but this service.
+PLAYGROUND_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'"
+)
+
+router = APIRouter()
+router.add_api_route(
+    "/classify",
+    classify,
+    methods=["POST"],
+    summary="Classify one text or a list of texts",
+    description="One result for each input, in order. A list is answered whole or refused whole.",
+    response_model=ClassifyAnswer,
+    responses=problems(400, 401, 404, 408, 413, 422, 429, 500, 503, 504),
+    openapi_extra={"requestBody": BODY},
+)
+
+
+def create_app(settings: Settings, bundles: Sequence[Bundle] | None = None, make: MakeEngine = make_engine) -> FastAPI:
+    """Put the service together; bundles are read and verified here, engines load once the app has started.
+
+    `bundles` and `make` let a test bring its own. Raises StartError.
+    """
+    runtime = Runtime(settings, load_bundles(settings) if bundles is None else bundles, make)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        runtime.start()
+        yield
+        await asyncio.to_thread(runtime.stop)
+
+    # /docs is FastAPI's page: its script and style come from a public CDN, so the browser needs a way there.
+    # /openapi.json, the playground and all else do not.
+    app = FastAPI(
+        title="Refrain",
+        version=__version__,
+        description="Text classification with a recurrent and a standard Transformer.",
+        lifespan=lifespan,
+        redoc_url=None,
+        redirect_slashes=False,
+        exception_handlers={RefrainError: on_refrain_error, HTTPException: on_http_exception, Exception: on_bug},
+    )
+    app.state.runtime = runtime
+    app.include_router(router)
+    app.add_middleware(Front, metrics=runtime.metrics, api_keys=settings.api_keys)
+    app.openapi = lambda: document(app, runtime)  # type: ignore[method-assign]  # FastAPI's documented way
+    return app
+
+
+def _runtime(request: Request) -> Runtime:
+    runtime = request.app.state.runtime
+    assert isinstance(runtime, Runtime)
+    return runtime
+
+
+@router.get("/", response_class=HTMLResponse, summary="Playground", responses=problems(401))
+async def playground() -> HTMLResponse:
+    """Answer with a page to try the models by hand."""
+    return HTMLResponse(PLAYGROUND, headers={"content-security-policy": PLAYGROUND_POLICY})
+
+
+@router.get("/models", summary="What is loaded", responses=problems(401, 503))
+async def models(request: Request) -> ModelsAnswer:
+    """Answer with the loaded bundles, their quality, and who answers by default."""
+    runtime = _runtime(request)
+    runtime.check_open()
+    return ModelsAnswer(
+        default_task=runtime.default_task,
+        routing=runtime.settings.routing,
+        models=[_describe(model) for _, model in sorted(runtime.models.items())],
+    )
+
+
+@router.get("/healthz", summary="Alive", responses=problems(503))
+async def healthz(request: Request) -> Status:
+    """Answer 200 while every engine is alive."""
+    _runtime(request).check_alive()
+    return Status(status="ok")
+
+
+@router.get("/readyz", summary="Ready", responses=problems(503))
+async def readyz(request: Request) -> Status:
+    """Answer 200 while requests are welcome: not while starting, and not from the first moment of shutdown."""
+    runtime = _runtime(request)
+    runtime.check_alive()
+    runtime.check_open()
+    return Status(status="ready")
+
+
+@router.get("/metrics", summary="Metrics", response_class=PlainTextResponse)
+async def metrics(request: Request) -> Response:
+    """Answer in Prometheus' text format."""
+    return Response(_runtime(request).metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _describe(model: Model) -> ModelInfo:
+    manifest: dict[str, Any] = model.manifest.model_dump(mode="json")
+    return ModelInfo(
+        **{name: manifest[name] for name in ModelInfo.model_fields.keys() & manifest.keys()},
+        precision=model.engine.precision,
+        provider=model.engine.provider,
+        model_bytes=model.engine.model_bytes,
+    )

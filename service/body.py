@@ -1,0 +1,48 @@
+"""Reading a request's body with a bound on its size and its time, and seeing whether its client is still there."""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.requests import Request
+from starlette.types import Receive
+
+from service.errors import BodyTooLarge, BodyTooSlow, ClientGone
+
+
+async def read_body(request: Request, *, max_bytes: int, seconds: float) -> bytes:
+    """Read the whole body; raises BodyTooLarge as soon as that is known, BodyTooSlow, ClientGone."""
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > max_bytes:
+        raise _too_large(max_bytes)
+    try:
+        async with asyncio.timeout(seconds):
+            return await _collect(request.receive, max_bytes)
+    except TimeoutError:
+        raise BodyTooSlow(f"The body did not arrive within {seconds:g} seconds.") from None
+
+
+async def client_left(receive: Receive) -> None:
+    """Wait until the client has hung up; the body must have been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _collect(receive: Receive, max_bytes: int) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > max_bytes:
+            raise _too_large(max_bytes)
+        more = message.get("more_body", False)
+    return b"".join(parts)
+
+
+def _too_large(max_bytes: int) -> BodyTooLarge:
+    return BodyTooLarge(f"The body must not be longer than {max_bytes} bytes.", limit=max_bytes)

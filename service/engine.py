@@ -1,0 +1,119 @@
+"""Runs padded batches of one bundle on ONNX Runtime; hidden states go in and come out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from service.bundle import Bundle, GraphRole, Manifest, StoredPrecision
+from service.errors import BundleError, SettingsError
+
+FloatArray = NDArray[np.float32]
+Provider = Literal["auto", "cpu", "cuda"]
+Precision = Literal["auto", "fp32", "fp16", "int8"]
+
+CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+
+
+class Engine:
+    """A text is embedded once, then stepped as often as its caller likes; the state between is the caller's to keep.
+
+    On a CPU a text's result does not depend on the others in its batch nor on the padding, to the last bit in every
+    precision that was tried: scales are constants of the graph, and the runtime sums each row in its own order.
+    """
+
+    def __init__(
+        self,
+        graphs: Mapping[GraphRole, Path],
+        *,
+        provider: Literal["cpu", "cuda"],
+        precision: Literal["fp32", "fp16", "int8"],
+        threads: int,
+    ) -> None:
+        """Opens an `embed` and a `step` graph; BundleError where ONNX Runtime refuses one."""
+        self.provider, self.precision = provider, precision
+        self.model_bytes = sum(path.stat().st_size for path in graphs.values())
+        self._embed = _open_session(graphs["embed"], provider, threads)
+        self._step = _open_session(graphs["step"], provider, threads)
+
+    def embed(self, ids: Sequence[Sequence[int]]) -> list[FloatArray]:
+        """The first hidden state (length, width) of each text; none may be empty."""
+        lengths = [len(row) for row in ids]
+        ids_BL = np.zeros((len(ids), max(lengths)), dtype=np.int64)
+        for row, text in enumerate(ids):
+            ids_BL[row, : lengths[row]] = text
+        (hidden_BLD,) = self._embed.run(["hidden"], {"ids": ids_BL})
+        return [hidden_BLD[row, :length] for row, length in enumerate(lengths)]
+
+    def step(self, hidden: Sequence[FloatArray]) -> tuple[list[FloatArray], FloatArray]:
+        """One iteration: each text's next hidden state, and the logits (texts, classes)."""
+        lengths = [len(state_LD) for state_LD in hidden]
+        hidden_BLD = np.zeros((len(hidden), max(lengths), hidden[0].shape[1]), dtype=np.float32)
+        for row, state_LD in enumerate(hidden):
+            hidden_BLD[row, : lengths[row]] = state_LD
+        mask_BL = np.arange(max(lengths)) < np.array(lengths)[:, None]
+        next_BLD, logits_BC = self._step.run(["next_hidden", "logits"], {"hidden": hidden_BLD, "mask": mask_BL})
+        return [next_BLD[row, :length] for row, length in enumerate(lengths)], logits_BC
+
+
+def open_engine(bundle: Bundle, *, provider: Provider, precision: Precision, threads: int) -> Engine:
+    """The engine for a bundle.
+
+    Raises SettingsError for a provider or a precision that is not there, BundleError for a graph that does not load.
+    """
+    chosen_provider = choose_provider(provider, ort.get_available_providers())
+    chosen_precision, stored = choose_precision(bundle.manifest, chosen_provider, precision)
+    graphs = {role: bundle.path / graph.file for role, graph in bundle.manifest.precisions[stored].graphs.items()}
+    return Engine(graphs, provider=chosen_provider, precision=chosen_precision, threads=threads)
+
+
+def _open_session(path: Path, provider: Literal["cpu", "cuda"], threads: int) -> ort.InferenceSession:
+    providers = [CUDA, CPU] if provider == "cuda" else [CPU]
+    try:
+        return ort.InferenceSession(path, _session_options(threads), providers=providers)
+    except Exception as error:  # the runtime's exceptions share no base class of its own
+        reason = str(error).strip().splitlines()[0]
+        raise BundleError(f"{path}: ONNX Runtime does not load it: {reason}") from error
+
+
+def _session_options(threads: int) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors: what it warns of (a cast it inserts) is by design
+    options.enable_mem_pattern = False  # a pattern is kept for every shape met, and our shapes never end
+    # Without VNNI instructions the fast 8-bit kernel saturates its sums; this asks for the one that does not.
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    # Idle threads must not spin: the interpreter and the other engines need the cores.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
+def choose_provider(asked: Provider, available: Sequence[str]) -> Literal["cpu", "cuda"]:
+    """CUDA where ONNX Runtime offers it, unless told otherwise; SettingsError if it is asked for and not there."""
+    if asked == "cuda" and CUDA not in available:
+        raise SettingsError("REFRAIN_PROVIDER=cuda: this ONNX Runtime has no CUDA provider; install the extra 'gpu'")
+    return "cuda" if asked != "cpu" and CUDA in available else "cpu"
+
+
+def choose_precision(
+    manifest: Manifest, provider: Literal["cpu", "cuda"], asked: Precision
+) -> tuple[Literal["fp32", "fp16", "int8"], StoredPrecision]:
+    """The precision to name and the stored graphs to open; SettingsError where the bundle lacks them.
+
+    fp32 and, on a CPU, fp16 open the same graphs: a CPU has no FP16 matrix kernels, and computes them in FP32.
+    """
+    if asked == "auto":
+        asked = "int8" if provider == "cpu" and "int8" in manifest.precisions else "fp16"
+    if asked == "fp32" and provider == "cuda":
+        raise SettingsError("REFRAIN_PRECISION=fp32: on CUDA the stored fp16 graphs run as they are; take fp16 or auto")
+    stored: StoredPrecision = "int8" if asked == "int8" else "fp16"
+    if stored not in manifest.precisions:
+        there = ", ".join(manifest.precisions)
+        raise SettingsError(f"REFRAIN_PRECISION={asked}: bundle {manifest.name} has no {stored} graphs, only {there}")
+    return ("fp32" if stored == "fp16" and provider == "cpu" else stored), stored

@@ -1,0 +1,168 @@
+"""Every way that Refrain says no, drawn once; each class owns its HTTP status and its stable code.
+
+Exception
+├── RefrainError                     an answer to one request (application/problem+json)
+│   ├── InvalidJSON                  400 invalid_json
+│   ├── Unauthorized                 401 unauthorized
+│   ├── NotFound                     404 not_found
+│   │   ├── UnknownTask              404 unknown_task
+│   │   └── UnknownArchitecture      404 unknown_architecture
+│   ├── MethodNotAllowed             405 method_not_allowed
+│   ├── BodyTooSlow                  408 body_too_slow
+│   ├── BodyTooLarge                 413 body_too_large
+│   ├── TooManyInputs                413 too_many_inputs
+│   ├── InvalidRequest               422 invalid_request
+│   │   ├── InputEmpty               422 input_empty
+│   │   └── InputTooLong             422 input_too_long
+│   ├── QueueFull                    429 queue_full
+│   ├── ClientGone                   499 client_gone (nobody is left to read it: for the log and the metrics)
+│   ├── InferenceFailed              500 inference_failed
+│   ├── Unavailable                  503 unavailable
+│   │   ├── Starting                 503 starting
+│   │   ├── Draining                 503 draining
+│   │   └── EngineDown               503 engine_down
+│   └── DeadlineExceeded             504 deadline
+└── StartError                       the process cannot start: one line on stderr, exit status 1
+    ├── SettingsError                a setting is misspelt or wrong
+    └── BundleError                  a bundle is missing or damaged
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class RefrainError(Exception):
+    """One request's failure.
+
+    `retry_after` is in seconds; `members` become extension members of the problem document, so they must be JSON-able
+    and must not repeat what the caller sent. The base class itself stands for a bug of ours: 500, `internal`.
+    """
+
+    status: ClassVar[int] = 500
+    code: ClassVar[str] = "internal"
+    closes: ClassVar[bool] = False  # whether the connection ends with this answer
+
+    def __init__(self, detail: str, *, retry_after: float | None = None, **members: object) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.retry_after = retry_after
+        self.members = members
+
+
+class InvalidJSON(RefrainError):
+    status, code = 400, "invalid_json"
+
+
+class Unauthorized(RefrainError):
+    status, code = 401, "unauthorized"
+
+
+class NotFound(RefrainError):
+    status, code = 404, "not_found"
+
+
+class UnknownTask(NotFound):
+    code = "unknown_task"
+
+
+class UnknownArchitecture(NotFound):
+    code = "unknown_architecture"
+
+
+class MethodNotAllowed(RefrainError):
+    status, code = 405, "method_not_allowed"
+
+
+class BodyTooSlow(RefrainError):
+    status, code, closes = 408, "body_too_slow", True
+
+
+class BodyTooLarge(RefrainError):
+    status, code, closes = 413, "body_too_large", True  # closes: the rest of the body is never read
+
+
+class TooManyInputs(RefrainError):
+    status, code = 413, "too_many_inputs"
+
+
+class InvalidRequest(RefrainError):
+    status, code = 422, "invalid_request"
+
+
+class InputEmpty(InvalidRequest):
+    code = "input_empty"
+
+
+class InputTooLong(InvalidRequest):
+    code = "input_too_long"
+
+
+class QueueFull(RefrainError):
+    status, code = 429, "queue_full"
+
+    def __init__(self, retry_after: float, detail: str = "The queue is full.") -> None:
+        super().__init__(detail, retry_after=retry_after)
+
+
+class ClientGone(RefrainError):
+    status, code = 499, "client_gone"
+
+    def __init__(self, detail: str = "The client left before its answer.") -> None:
+        super().__init__(detail)
+
+
+class InferenceFailed(RefrainError):
+    status, code = 500, "inference_failed"
+
+    def __init__(self, index: int | None = None) -> None:
+        super().__init__("Inference failed for this text." if index is None else f"Inference failed for input {index}.")
+        if index is not None:
+            self.members["index"] = index
+
+
+class Unavailable(RefrainError):
+    status, code = 503, "unavailable"
+
+    def __init__(self, detail: str, *, retry_after: float = 1.0) -> None:
+        super().__init__(detail, retry_after=retry_after)
+
+
+class Starting(Unavailable):
+    code = "starting"
+
+    def __init__(self) -> None:
+        super().__init__("The models are being loaded.", retry_after=2.0)
+
+
+class Draining(Unavailable):
+    code, closes = "draining", True  # closes: so that the client's next request finds another process
+
+    def __init__(self) -> None:
+        super().__init__("The service is shutting down.", retry_after=1.0)
+
+
+class EngineDown(Unavailable):
+    code = "engine_down"
+
+    def __init__(self, detail: str = "An engine has died or is stuck.") -> None:
+        super().__init__(detail, retry_after=5.0)
+
+
+class DeadlineExceeded(RefrainError):
+    status, code = 504, "deadline"
+
+    def __init__(self, detail: str = "The deadline passed before the answer was ready.") -> None:
+        super().__init__(detail)
+
+
+class StartError(Exception):
+    """The process cannot start; the message is one line for a person, or one line for each thing that is wrong."""
+
+
+class SettingsError(StartError):
+    pass
+
+
+class BundleError(StartError):
+    pass

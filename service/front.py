@@ -1,0 +1,80 @@
+"""What surrounds every request: its id, its API key, its one log line, its count."""
+
+from __future__ import annotations
+
+import hmac
+import re
+import time
+import uuid
+from collections.abc import Sequence
+
+from pydantic import SecretStr
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import Unauthorized
+from service.logs import Call, write_call
+from service.metrics import Metrics
+from service.problems import problem_response
+
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/metrics"})  # probes and scrapes carry no key
+COUNTED_PATH = "/classify"
+REJECTIONS = frozenset({429, 499, 503, 504})
+SANE_ID = re.compile(r"[!-~]{1,128}")
+SHOWN_PATH = 200  # characters of a path in the log
+
+
+class Front:
+    """Plain ASGI around the app: no task and no copy of the body is made, so a client's leaving stays visible."""
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, api_keys: Sequence[SecretStr]) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._keys = [key.get_secret_value().encode() for key in api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request, or pass the lifespan on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        call = Call(request_id(headers), scope["method"], scope["path"][:SHOWN_PATH], time.monotonic())
+        scope.setdefault("state", {})["call"] = call
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                call.code = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = call.id
+            await send(message)
+
+        try:
+            if self._keys and scope["path"] not in OPEN_PATHS and not self._admits(headers):
+                denied = problem_response(Unauthorized("An API key is needed, and none that came is right."), call)
+                denied.headers["www-authenticate"] = "Bearer"
+                await denied(scope, receive, send_with_id)
+            else:
+                await self._app(scope, receive, send_with_id)
+        finally:
+            self._record(call)
+
+    def _admits(self, headers: Headers) -> bool:
+        offered = (headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")).encode(
+            "latin-1"
+        )
+        # All keys are compared before any is decided on, so the time tells nothing of which one matched.
+        matches = [hmac.compare_digest(offered, key) for key in self._keys]
+        return any(matches)
+
+    def _record(self, call: Call) -> None:
+        call.timings_ms.setdefault("total", round((time.monotonic() - call.started) * 1000, 3))
+        if call.path == COUNTED_PATH:
+            self._metrics.requests.labels(str(call.code), call.architecture or "", call.task or "").inc()
+            if call.code in REJECTIONS and call.error is not None:
+                self._metrics.rejected.labels(call.error).inc()
+        write_call(call)
+
+
+def request_id(headers: Headers) -> str:
+    """Take the caller's id if it is sane, short printable ASCII, else make one."""
+    offered = headers.get("x-request-id", "")
+    return offered if SANE_ID.fullmatch(offered) else uuid.uuid4().hex

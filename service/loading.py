@@ -1,0 +1,101 @@
+"""From bundles on disk to warm engines: the one place that makes engines and batchers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import structlog
+
+from service.batcher import Batcher, RunsBatches
+from service.bundle import Bundle, Manifest, find_bundles, load_bundle
+from service.engine import Engine, open_engine
+from service.errors import BundleError, SettingsError
+from service.metrics import Metrics, ModelObserver
+from service.settings import Settings
+
+WARM_UP_LENGTHS = (1, 16, 64)  # tokens; and the longest text
+
+
+class ServingEngine(RunsBatches, Protocol):
+    """An engine that also says what was chosen for it."""
+
+    precision: Literal["fp32", "fp16", "int8"]
+    provider: Literal["cpu", "cuda"]
+    model_bytes: int
+
+
+MakeEngine = Callable[[Bundle, Settings], ServingEngine]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded bundle and what runs it."""
+
+    bundle: Bundle
+    engine: ServingEngine
+    batcher: Batcher
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the bundle says of itself."""
+        return self.bundle.manifest
+
+    @property
+    def metric_labels(self) -> tuple[str, str]:
+        """Architecture and task, in the order of the metrics' labels."""
+        return self.manifest.architecture, self.manifest.task
+
+
+def load_bundles(settings: Settings) -> list[Bundle]:
+    """Read and verify the bundles asked for; raises BundleError, or SettingsError for an unknown architecture."""
+    bundles = [load_bundle(path) for path in find_bundles(settings.models_dir)]
+    there = sorted({bundle.manifest.architecture for bundle in bundles})
+    if unknown := [name for name in settings.architectures if name not in there]:
+        raise SettingsError(
+            f"REFRAIN_ARCHITECTURES={','.join(unknown)}: {settings.models_dir} has only {', '.join(there)}"
+        )
+    wanted = [b for b in bundles if b.manifest.architecture in (settings.architectures or there)]
+    seen: dict[tuple[str, str], Bundle] = {}
+    for bundle in wanted:
+        other = seen.setdefault((bundle.manifest.task, bundle.manifest.architecture), bundle)
+        if other is not bundle:
+            raise BundleError(f"{other.path} and {bundle.path} are the same task and architecture: keep one of them")
+    return wanted
+
+
+def make_engine(bundle: Bundle, settings: Settings) -> Engine:
+    """Open a bundle's graphs as the settings have it."""
+    return open_engine(bundle, provider=settings.provider, precision=settings.precision, threads=settings.threads)
+
+
+def load_model(bundle: Bundle, settings: Settings, metrics: Metrics, make: MakeEngine) -> Model:
+    """Open a bundle, run it once over short and long texts, and show it in the metrics; its batcher is not started."""
+    started = time.monotonic()
+    engine = make(bundle, settings)
+    for length in sorted({min(length, bundle.manifest.max_tokens) for length in (*WARM_UP_LENGTHS, 1 << 30)}):
+        engine.step(engine.embed([[0] * length]))
+    labels = bundle.manifest.architecture, bundle.manifest.task
+    batcher = Batcher(
+        engine,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_queue=settings.max_queue,
+        stuck_seconds=settings.stuck_seconds,
+        observer=ModelObserver(metrics, labels),
+    )
+    metrics.loaded(
+        labels,
+        version=bundle.manifest.version,
+        precision=engine.precision,
+        provider=engine.provider,
+        size=engine.model_bytes,
+        parameters=bundle.manifest.parameters,
+        queue_depth=lambda: batcher.queue_depth,
+    )
+    seconds = round(time.monotonic() - started, 3)
+    structlog.get_logger().info(
+        "loaded", model=bundle.id, precision=engine.precision, provider=engine.provider, seconds=seconds
+    )
+    return Model(bundle, engine, batcher)

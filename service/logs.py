@@ -1,0 +1,74 @@
+"""Logs as JSON lines on stdout: one canonical line for each request, and everything else in the same form."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+
+QUIET_PATHS = frozenset({"/healthz", "/readyz", "/metrics"})  # asked every few seconds: logged at debug only
+
+
+@dataclass(slots=True)
+class Call:
+    """What is known of a request in hand; the handler fills it in, the front writes it down."""
+
+    id: str
+    method: str
+    path: str
+    started: float  # time.monotonic()
+    code: int = 500  # stays so when no answer was begun
+    error: str | None = None
+    task: str | None = None
+    architecture: str | None = None
+    texts: int | None = None
+    tokens: int | None = None
+    iterations: int | None = None
+    client_gone: bool = False
+    timings_ms: dict[str, float] = field(default_factory=dict)
+
+
+def configure_logs(level: str) -> None:
+    """Send structlog's and the standard library's records (uvicorn's too) to stdout as JSON lines."""
+    shared: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    render: list[Any] = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    structlog.configure(
+        processors=[*shared, *render],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.WriteLoggerFactory(sys.stdout),
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(sys.stdout)
+    remove_meta = structlog.stdlib.ProcessorFormatter.remove_processors_meta
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(processors=[remove_meta, *render], foreign_pre_chain=shared)
+    )
+    logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
+
+
+def write_call(call: Call) -> None:
+    """Write the one line of a request; it holds no text, no key and no header but the request's id."""
+    log = structlog.get_logger()
+    known = {
+        "id": call.id,
+        "method": call.method,
+        "path": call.path,
+        "code": call.code,
+        "error": call.error,
+        "task": call.task,
+        "architecture": call.architecture,
+        "texts": call.texts,
+        "tokens": call.tokens,
+        "iterations": call.iterations,
+        "client_gone": call.client_gone or None,
+    }
+    line = {key: value for key, value in known.items() if value is not None}
+    write = log.debug if call.path in QUIET_PATHS else log.info
+    write("request", **line, timings_ms=call.timings_ms)

@@ -1,0 +1,68 @@
+"""The OpenAPI document's parts that FastAPI cannot know, since /classify reads its own body and errors are problems."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+
+from service.problems import MEDIA_TYPE
+from service.runtime import Runtime
+from service.schemas import ClassifyRequest, Problem
+
+MEANINGS = {
+    400: "The body is not JSON.",
+    401: "API keys are set, and none that came is right.",
+    404: "There is no such task or architecture; `available` names those there are.",
+    408: "The body came too slowly.",
+    413: "The body or the list is too large.",
+    422: "A field is wrong, an input is empty, or too long with `truncate: false`.",
+    429: "The queue is full.",
+    500: "Inference failed for this text.",
+    503: "Starting, draining, or an engine is down.",
+    504: "The deadline passed, waiting or running.",
+}
+REF = "#/components/schemas/{model}"
+RETRY_AFTER = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}}
+BODY = {"required": True, "content": {"application/json": {"schema": {"$ref": REF.format(model="ClassifyRequest")}}}}
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Describe the errors that an operation can answer with."""
+    return {status: _problem(status) for status in statuses}
+
+
+def document(app: FastAPI, runtime: Runtime) -> dict[str, Any]:
+    """Write the OpenAPI document, once: with the request's schema, the limits and tasks of this very service."""
+    if app.openapi_schema is None:
+        drawn = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        _, definitions = models_json_schema(
+            [(ClassifyRequest, "validation"), (Problem, "serialization")], ref_template=REF
+        )
+        schemas = definitions["$defs"]
+        properties = schemas["ClassifyRequest"]["properties"]
+        properties["inputs"]["description"] += f" At most {runtime.settings.max_inputs} texts: more get 413."
+        properties["task"]["examples"] = sorted(runtime.architectures)
+        drawn.setdefault("components", {}).setdefault("schemas", {}).update(schemas)
+        if runtime.settings.api_keys:
+            _ask_for_keys(drawn)
+        app.openapi_schema = drawn
+    return app.openapi_schema
+
+
+def _ask_for_keys(drawn: dict[str, Any]) -> None:
+    drawn["components"]["securitySchemes"] = {
+        "bearer": {"type": "http", "scheme": "bearer"},
+        "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+    }
+    for path in ("/", "/classify", "/models"):
+        for operation in drawn["paths"][path].values():
+            operation["security"] = [{"bearer": []}, {"header": []}]
+
+
+def _problem(status: int) -> dict[str, Any]:
+    schema = {"$ref": REF.format(model="Problem")}
+    described: dict[str, Any] = {"description": MEANINGS[status], "content": {MEDIA_TYPE: {"schema": schema}}}
+    return described | ({"headers": RETRY_AFTER} if status in (429, 503) else {})

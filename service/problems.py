@@ -1,0 +1,66 @@
+"""Errors as answers: application/problem+json (RFC 9457), made in one place."""
+
+from __future__ import annotations
+
+import json
+import math
+from http import HTTPStatus
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from service.errors import MethodNotAllowed, NotFound, RefrainError
+from service.logs import Call
+
+MEDIA_TYPE = "application/problem+json"
+
+
+def problem_response(error: RefrainError, call: Call) -> Response:
+    """Write an error for its caller, and note its code for the log."""
+    call.error = error.code
+    document = {
+        "type": "about:blank",
+        "title": _phrase(error.status),
+        "status": error.status,
+        "detail": error.detail,
+        "code": error.code,
+        "id": call.id,
+        **error.members,
+    }
+    headers = {"connection": "close"} if error.closes else {}
+    if error.retry_after is not None:
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))  # whole seconds are all the header can say
+    return Response(json.dumps(document), error.status, headers, MEDIA_TYPE)
+
+
+async def on_refrain_error(request: Request, error: Exception) -> Response:
+    """Answer with one of our own errors."""
+    assert isinstance(error, RefrainError)
+    return problem_response(error, request.state.call)
+
+
+async def on_http_exception(request: Request, error: Exception) -> Response:
+    """Answer an unknown path or method, which Starlette finds, in the form of all other errors."""
+    assert isinstance(error, HTTPException)
+    ours: RefrainError
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        ours = MethodNotAllowed("The path does not take this method; `Allow` names those it takes.")
+    elif error.status_code == HTTPStatus.NOT_FOUND:
+        ours = NotFound("There is nothing at this path; /docs shows what there is.")
+    else:
+        raise error
+    response = problem_response(ours, request.state.call)
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def on_bug(request: Request, error: Exception) -> Response:
+    """Answer for a bug of ours; the server logs the traceback, the caller learns the request's id."""
+    response = problem_response(RefrainError("The service failed; its log has the reason."), request.state.call)
+    response.headers["x-request-id"] = request.state.call.id  # sent outside the front, which sets it elsewhere
+    return response
+
+
+def _phrase(status: int) -> str:
+    return "Client Closed Request" if status == 499 else HTTPStatus(status).phrase

@@ -1,0 +1,167 @@
+"""What goes in and what comes out over HTTP: the models that check a request and that draw the OpenAPI document."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic_core import ErrorDetails
+
+from service.errors import InputEmpty, InvalidJSON, InvalidRequest
+
+MAX_ITERATIONS = 16  # a recurrent model may run deeper than it was trained for, within reason
+SHOWN_PROBLEMS = 10  # of a request with more wrong fields than this, the first are named
+SHOWN_NAME = 40  # characters of an unknown field's name that an answer repeats
+
+
+def _whole(value: object) -> object:
+    """JSON knows one kind of number, and to JSON Schema 2.0 is an integer."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Depth = Annotated[int, Field(ge=1, le=MAX_ITERATIONS), BeforeValidator(_whole)]
+Count = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
+InputText = Annotated[str, WithJsonSchema({"type": "string", "pattern": r"[^\s]"})]
+
+
+class ClassifyRequest(BaseModel):
+    """One text or a list of texts, and how to classify them; `null` means the same as leaving a field out."""
+
+    model_config = ConfigDict(
+        strict=True,
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        json_schema_extra={"example": {"inputs": "A wonderful film.", "task": "sentiment"}},
+    )
+
+    inputs: InputText | Annotated[list[InputText], Field(min_length=1)] = Field(
+        description="One text, or a list of texts. None may be empty or only blanks."
+    )
+    task: str | None = Field(None, description="What to decide. Default: the service's default task.")
+    architecture: str | None = Field(None, description="Which model answers. Default: the service's routing decides.")
+    max_iterations: Depth | None = Field(
+        None,
+        description="Most passes of a recurrent model. Default: as it was trained. A baseline always takes one.",
+    )
+    exit_threshold: float | None = Field(
+        None, gt=0, le=1, description="A text is answered as soon as its best probability reaches this. Default: never."
+    )
+    top_k: Count | None = Field(None, description="How many of the best labels `scores` names. Default: all.")
+    raw_scores: bool = Field(False, description="Answer with logits in place of probabilities.")
+    truncate: bool = Field(True, description="Cut a text that is too long; false: refuse it.")
+    deadline_ms: float | None = Field(
+        None, gt=0, description="Time for the answer in milliseconds. The service's own limit holds if it is shorter."
+    )
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts as a list, also when there is one."""
+        return [self.inputs] if isinstance(self.inputs, str) else self.inputs
+
+
+class Result(BaseModel):
+    """One text's answer."""
+
+    label: str
+    score: float = Field(description="The label's probability, or its logit with `raw_scores`.")
+    scores: dict[str, float] = Field(description="Per label; all of them, or the best `top_k`.")
+    architecture: str
+    model: str = Field(description="The bundle's name and version.")
+    iterations: int = Field(description="Passes taken.")
+    tokens: int = Field(description="Tokens run, the first one, the class token, included.")
+    truncated: bool = Field(description="Whether the text was cut to fit the model.")
+
+
+class Timings(BaseModel):
+    """Milliseconds; for a list, queue and inference are those of its slowest text."""
+
+    tokenize: float
+    queue: float
+    inference: float
+    total: float
+
+
+class ClassifyAnswer(BaseModel):
+    """One result per input, in order."""
+
+    id: str
+    task: str
+    results: list[Result]
+    timings_ms: Timings
+
+
+class Problem(BaseModel):
+    """An error, as RFC 9457 has it; some codes add members of their own, such as `index` or `available`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str = Field(description="Stable; for programs.")
+    id: str = Field(description="The request's id.")
+
+
+class Status(BaseModel):
+    """A probe's good answer."""
+
+    status: Literal["ok", "ready"]
+
+
+class ModelInfo(BaseModel):
+    """A loaded bundle and how it runs."""
+
+    name: str
+    version: str
+    task: str
+    architecture: str
+    labels: list[str]
+    max_tokens: int
+    parameters: int
+    iterations: int
+    precision: str
+    provider: str
+    model_bytes: int
+    quality: Any
+
+
+class ModelsAnswer(BaseModel):
+    """What is loaded and who answers a request that names no architecture."""
+
+    default_task: str | None
+    routing: str
+    models: list[ModelInfo]
+
+
+def parse_request(body: bytes) -> ClassifyRequest:
+    """Check a body's form; raises InvalidJSON, InputEmpty or InvalidRequest, none of which repeats what was sent."""
+    try:
+        request = ClassifyRequest.model_validate_json(body)
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_input=False)
+        if problems[0]["type"] == "json_invalid":
+            raise InvalidJSON(f"The body is not JSON: {problems[0]['msg'].removeprefix('Invalid JSON: ')}.") from None
+        raise InvalidRequest("The request has wrong fields.", errors=describe_problems(problems)) from None
+    for index, text in enumerate(request.texts):
+        if not text or text.isspace():
+            raise InputEmpty(f"Input {index} is empty.", index=index)
+    return request
+
+
+def describe_problems(problems: Sequence[ErrorDetails]) -> list[dict[str, str]]:
+    """Name the wrong fields, each once, with what would be right; at most SHOWN_PROBLEMS of them."""
+    described: dict[str, str] = {}
+    for problem in problems:
+        field = _field(problem["loc"])
+        described.setdefault(field, "must be a text or a list of texts" if field == "inputs" else problem["msg"])
+    return [{"field": field, "problem": message} for field, message in list(described.items())[:SHOWN_PROBLEMS]]
+
+
+def _field(loc: tuple[int | str, ...]) -> str:
+    if not loc:
+        return "(body)"
+    index = next((f"[{part}]" for part in loc[1:] if isinstance(part, int)), "")
+    return str(loc[0])[:SHOWN_NAME] + index

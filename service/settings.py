@@ -1,0 +1,138 @@
+"""Every setting in one place, read from the environment once, and refused with a reason before anything starts."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from service.errors import SettingsError
+
+PREFIX = "REFRAIN_"
+
+
+def available_cpus(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Count the cores that this process may use, so that a container's CPU limit bounds the threads too."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = cpu_max.read_text().split()
+        return max(1, min(cores, round(int(quota) / int(period))))
+    except (OSError, ValueError):  # no control groups here, or the quota is "max"
+        return cores
+
+
+def _split_commas(value: object) -> object:
+    return tuple(part for part in map(str.strip, value.split(",")) if part) if isinstance(value, str) else value
+
+
+def _split_keys(value: object) -> object:
+    keys = _split_commas(value)
+    if isinstance(value, str) and value.strip() and not keys:
+        raise ValueError("holds no key")
+    if isinstance(keys, tuple) and not all(re.fullmatch(r"[!-~]+", key) for key in keys):
+        raise ValueError("a key must be printable ASCII without blanks, or no header could carry it")
+    return keys
+
+
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_commas)]
+Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_keys)]
+SECRET = {"api_keys"}
+
+
+class Settings(BaseSettings):
+    """What an operator can choose; each field is the environment variable of its name with the prefix REFRAIN_."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", allow_inf_nan=False)
+
+    host: str = Field(default="127.0.0.1", min_length=1, description="Address to listen on.")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    models_dir: Path = Field(default=Path("models"), description="Directory that holds the bundles.")
+    architectures: Names = Field(
+        default=(), description="Architectures to load, comma-separated; empty: all there are."
+    )
+    provider: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where ONNX Runtime runs.")
+    precision: Literal["auto", "fp32", "fp16", "int8"] = Field(
+        default="auto", description="auto: fp16 on CUDA; on a CPU int8 where its accuracy holds, else fp32."
+    )
+    threads: int = Field(default_factory=available_cpus, ge=1, le=1024, description="Threads of each engine.")
+    default_task: str = Field(
+        default="sentiment", description="Task of a request that names none, if several are loaded."
+    )
+    routing: str = Field(
+        default="fixed:recurrent",
+        description="Who answers a request that names no architecture: fixed:NAME or split:NAME=WEIGHT,NAME=WEIGHT.",
+    )
+    max_batch_tokens: int = Field(default=2048, ge=1, description="Most tokens in one batch, padding counted.")
+    max_queue: int = Field(default=1024, ge=1, description="Most texts waiting for one engine; more get 429.")
+    max_inputs: int = Field(default=256, ge=1, description="Most texts in one request; more get 413.")
+    max_body_bytes: int = Field(
+        default=1_048_576, ge=1024, description="Longest request body in bytes; longer gets 413."
+    )
+    body_seconds: float = Field(default=10.0, gt=0, description="Time a client has to send its body; slower gets 408.")
+    deadline_ms: int = Field(
+        default=10_000,
+        gt=0,
+        le=3_600_000,
+        description="Longest time a request may take in milliseconds; longer gets 504.",
+    )
+    drain_seconds: float = Field(default=30.0, ge=0, description="Longest wait for accepted requests at shutdown.")
+    stuck_seconds: float = Field(default=30.0, gt=0, description="One batch that takes longer turns /healthz red.")
+    api_keys: Secrets = Field(default=(), description="Accepted API keys, comma-separated; empty: no key is asked for.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="Least severe log line; debug adds probes and scrapes."
+    )
+
+    @model_validator(mode="after")
+    def _a_full_list_fits_the_queue(self) -> Settings:
+        if self.max_inputs > self.max_queue:
+            raise ValueError(
+                f"{PREFIX}MAX_INPUTS={self.max_inputs} must not be above {PREFIX}MAX_QUEUE={self.max_queue}"
+            )
+        return self
+
+
+def load_settings() -> Settings:
+    """Read the environment; raises SettingsError with one line for each misspelt name and each wrong value."""
+    problems = [_misspelt(name) for name in sorted(os.environ) if _is_unknown(name)]
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        problems += [_wrong(problem) for problem in error.errors(include_url=False)]
+    if problems:
+        raise SettingsError("\n".join(problems))
+    return settings
+
+
+def describe_settings() -> str:
+    """List every setting with its default and meaning, for --help."""
+    lines = []
+    for name, field in Settings.model_fields.items():
+        default = field.get_default(call_default_factory=True, validated_data={})
+        shown = ",".join(default) if isinstance(default, tuple) else str(default)
+        lines.append(f"  {PREFIX}{name.upper()} ({shown or 'empty'})\n      {field.description}")
+    return "\n".join(lines)
+
+
+def _is_unknown(name: str) -> bool:
+    return name.upper().startswith(PREFIX) and name[len(PREFIX) :].lower() not in Settings.model_fields
+
+
+def _misspelt(name: str) -> str:
+    known = [PREFIX + field.upper() for field in Settings.model_fields]
+    nearest = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0)[0]
+    return f"{name} is no setting; did you mean {nearest}?"
+
+
+def _wrong(problem: ErrorDetails) -> str:
+    message = problem["msg"].removeprefix("Value error, ")
+    if not problem["loc"]:  # a rule over several settings: its message names them
+        return message
+    field = str(problem["loc"][0])
+    value = "" if field in SECRET else f"={str(problem['input'])[:60]}"
+    return f"{PREFIX}{field.upper()}{value}: {message}"

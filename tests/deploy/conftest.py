@@ -1,0 +1,29 @@
+"""What the deployment files are checked against: the application's own paths and settings."""
+
+import os
+
+import pytest
+
+from service.app import router
+from service.settings import PREFIX, Settings, load_settings
+
+
+@pytest.fixture(scope="session")
+def served_paths() -> set[str]:
+    """Every path that the application answers on."""
+    return {route.path for route in router.routes if hasattr(route, "path")}
+
+
+@pytest.fixture(scope="session")
+def settings_names() -> set[str]:
+    """Every environment variable that the application reads."""
+    return {PREFIX + field.upper() for field in Settings.model_fields}
+
+
+@pytest.fixture
+def defaults(monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """The settings of an environment that names none; the developer's own shell may."""
+    for name in list(os.environ):
+        if name.startswith(PREFIX):
+            monkeypatch.delenv(name)
+    return load_settings()

@@ -1,0 +1,137 @@
+"""Holds docker-compose.yml and Prometheus' configuration to what they promise and to the application they deploy."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from service.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+PROMETHEUS: dict[str, Any] = yaml.safe_load((ROOT / "monitoring/prometheus/prometheus.yml").read_text())
+STOP_MARGIN = 10  # seconds: after the longest drain the process still joins its threads
+
+every_service = pytest.mark.parametrize("name", SERVICES)
+
+
+def test_docker_compose_1_29_and_v2_both_read_the_top_level() -> None:
+    assert {key for key in COMPOSE if not key.startswith("x-")} <= {"services", "volumes", "networks"}
+
+
+def test_docker_compose_accepts_the_file() -> None:
+    if not (program := shutil.which("docker-compose")):
+        pytest.skip("docker-compose is not installed")
+    outcome = subprocess.run(
+        [program, "config", "--quiet"], cwd=ROOT, check=False, capture_output=True, text=True, timeout=60
+    )
+    assert outcome.returncode == 0, outcome.stderr
+
+
+@every_service
+def test_ports_are_published_on_loopback_only(name: str) -> None:
+    for port in SERVICES[name].get("ports", []):
+        assert re.fullmatch(r"127\.0\.0\.1:\d+:\d+", port), f"{name} publishes {port}"
+
+
+@every_service
+def test_every_container_is_locked_down(name: str) -> None:
+    service = SERVICES[name]
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert "cap_add" not in service
+    assert "privileged" not in service
+    assert "no-new-privileges:true" in service["security_opt"]
+
+
+@every_service
+def test_every_container_is_limited(name: str) -> None:
+    service = SERVICES[name]
+    assert re.fullmatch(r"\d+[mg]", service["mem_limit"])
+    assert service["cpus"] > 0
+    assert service["pids_limit"] > 0
+
+
+@every_service
+def test_images_carry_a_tag_and_build_from_a_stage_that_exists(name: str) -> None:
+    service = SERVICES[name]
+    assert re.search(r":(v[\d.]+|\$\{IMAGE_TAG:-\w+\})$", service["image"])
+    if "build" in service:
+        stages = re.findall(r"^FROM \S+ AS (\S+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+        assert service["build"]["target"] in stages
+
+
+@every_service
+def test_what_is_mounted_from_the_repository_exists_and_is_read_only(name: str) -> None:
+    for volume in SERVICES[name].get("volumes", []):
+        source, target, *mode = volume.split(":")
+        if source.startswith("."):
+            assert (ROOT / source).is_dir(), f"{name} mounts {source}, which is not a directory"
+            assert mode == ["ro"]
+        else:
+            assert source in COMPOSE["volumes"], f"{name} mounts {source} on {target}, which is not declared"
+
+
+def test_a_plain_up_starts_the_service_and_prometheus() -> None:
+    assert {name for name, service in SERVICES.items() if "profiles" not in service} == {"service", "prometheus"}
+    assert SERVICES["locust"]["profiles"] == ["load"]
+
+
+def test_settings_passed_on_are_settings_of_the_application(settings_names: set[str]) -> None:
+    names = {entry.partition("=")[0] for entry in SERVICES["service"]["environment"]}
+    assert names <= settings_names
+
+
+def test_an_interpolated_name_is_never_mistaken_for_a_setting() -> None:
+    # A REFRAIN_ name that the application does not know would stop `make serve` in the same shell.
+    assert not re.findall(r"\$\{REFRAIN_\w+", (ROOT / "docker-compose.yml").read_text())
+
+
+def test_the_health_check_asks_a_path_that_is_served(served_paths: set[str], defaults: Settings) -> None:
+    command = SERVICES["service"]["healthcheck"]["test"]
+    match = re.search(r"http://127\.0\.0\.1:(\d+)(/\w+)", command[-1])
+    assert match is not None
+    assert int(match[1]) == defaults.port
+    assert match[2] in served_paths
+
+
+def test_docker_waits_longer_than_the_drain(defaults: Settings) -> None:
+    grace = int(SERVICES["service"]["stop_grace_period"].removesuffix("s"))
+    assert grace >= defaults.drain_seconds + STOP_MARGIN
+
+
+def test_a_stop_is_heard_while_the_service_starts() -> None:
+    assert SERVICES["service"]["init"] is True
+
+
+def test_locust_drives_the_service_when_it_is_ready(defaults: Settings) -> None:
+    locust = SERVICES["locust"]
+    options = dict(part.removeprefix("--").split("=", 1) for part in locust["command"] if "=" in part)
+    assert options["host"] == f"http://service:{defaults.port}"
+    assert (ROOT / options["locustfile"]).is_file()
+    assert locust["depends_on"]["service"]["condition"] == "service_healthy"
+
+
+def test_prometheus_scrapes_the_service(served_paths: set[str], defaults: Settings) -> None:
+    jobs = {job["job_name"]: job for job in PROMETHEUS["scrape_configs"]}
+    assert jobs["refrain"]["static_configs"] == [{"targets": [f"service:{defaults.port}"]}]
+    assert jobs["refrain"].get("metrics_path", "/metrics") in served_paths
+
+
+def test_prometheus_accepts_its_configuration() -> None:
+    if not (program := shutil.which("promtool")):
+        pytest.skip("promtool is not installed")
+    command = [program, "check", "config", str(ROOT / "monitoring/prometheus/prometheus.yml")]
+    outcome = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert outcome.returncode == 0, outcome.stderr
+
+
+def test_prometheus_reads_the_file_that_is_mounted() -> None:
+    mounts = dict(volume.split(":")[:2] for volume in SERVICES["prometheus"]["volumes"])
+    assert f"--config.file={mounts['./monitoring/prometheus']}/prometheus.yml" in SERVICES["prometheus"]["command"]
+    assert f"--storage.tsdb.path={mounts['prometheus']}" in SERVICES["prometheus"]["command"]

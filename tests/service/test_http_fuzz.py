@@ -1,0 +1,78 @@
+"""The service against whatever a client may think of: the OpenAPI document is true, and nothing gives a 5xx."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import schemathesis
+from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.core.result import Ok
+from schemathesis.schemas import BaseSchema
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+from starlette.types import Receive, Scope, Send
+
+from tests.service.fakes import fake_app, running
+from tests.service.test_schemas import FIELDS, JSON
+
+BEYOND_SCHEMA = {"deadline", "input_too_long"}  # what a valid request may still meet: its own time and our tokens
+LENIENT = [not_a_server_error, positive_data_acceptance]
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[TestClient]:
+    with running(fake_app()) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def api(client: TestClient) -> BaseSchema:
+    async def started(scope: Scope, receive: Receive, send: Send) -> None:
+        """The app without its lifespan, which schemathesis would begin again for itself."""
+        if scope["type"] != "lifespan":
+            return await client.app(scope, receive, send)
+        for phase in ("startup", "shutdown"):
+            await receive()
+            await send({"type": f"lifespan.{phase}.complete"})
+
+    return schemathesis.openapi.from_asgi("/openapi.json", started)
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
+def test_the_openapi_document_is_true(api: BaseSchema, mode: GenerationMode) -> None:
+    operations = [result.ok() for result in api.get_all_operations() if isinstance(result, Ok)]
+    assert {"/", "/classify", "/models", "/healthz", "/readyz", "/metrics"} == {each.path for each in operations}
+    if mode is GenerationMode.NEGATIVE:
+        operations = [operation for operation in operations if operation.body]  # the others take nothing to get wrong
+    for operation in operations:
+
+        @given(operation.as_strategy(generation_mode=mode))
+        @settings(max_examples=60 if operation.body else 5, deadline=None, suppress_health_check=list(HealthCheck))
+        def check(case: Any) -> None:
+            response = case.call()
+            told = response.json().get("code") if response.status_code in (422, 504) else None
+            case.validate_response(response, excluded_checks=LENIENT if told in BEYOND_SCHEMA else [])
+
+        check()
+
+
+@given(JSON | FIELDS | FIELDS.map(lambda fields: {"inputs": ["a", "b"], **fields}))
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_json_gives_a_5xx(client: TestClient, body: object) -> None:
+    answer = client.post("/classify", content=json.dumps(body))
+    assert answer.status_code in (200, 400, 404, 422), answer.text
+
+
+@given(st.lists(st.text().filter(lambda text: text.strip() != ""), min_size=1, max_size=6))
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_text_gets_its_own_answer(client: TestClient, texts: list[str]) -> None:
+    together = client.post("/classify", json={"inputs": texts})
+    assert together.status_code == 200, together.text
+    alone = [client.post("/classify", json={"inputs": text}).json()["results"][0] for text in texts]
+    assert together.json()["results"] == alone

@@ -1,0 +1,183 @@
+"""The service on a real socket, with its real server: clients that leave, dawdle or send too much, and the drain."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from http.client import HTTPConnection
+from typing import Any
+
+import pytest
+
+from service.errors import StartError
+from service.server import Server, bind
+from tests.service.fakes import Fake, fake_app, fake_bundle, wait_until
+
+
+@dataclass
+class Live:
+    """A server in a thread of this process."""
+
+    fake: Fake
+    server: Server
+    thread: threading.Thread
+    port: int
+
+    def count(self, name: str, **labels: str) -> float:
+        registry = self.fake.app.state.runtime.metrics.registry
+        return registry.get_sample_value(name, labels) or 0.0
+
+    def ask(self, method: str, path: str, body: Any = None) -> tuple[int, dict[str, Any]]:
+        with closing(HTTPConnection("127.0.0.1", self.port, timeout=10)) as connection:
+            connection.request(method, path, None if body is None else json.dumps(body))
+            answer = connection.getresponse()
+            return answer.status, json.loads(answer.read())
+
+    def send(self, data: bytes) -> socket.socket:
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=10)
+        connection.sendall(data)
+        return connection
+
+
+def classify_bytes(text: str) -> bytes:
+    body = json.dumps({"inputs": text}).encode()
+    return b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+
+
+def status_of(connection: socket.socket) -> int:
+    return int(connection.recv(4096).split()[1])
+
+
+@contextmanager
+def live(**settings: Any) -> Iterator[Live]:
+    fake = fake_app([fake_bundle()], **settings)
+    listener = bind("127.0.0.1", 0)
+    server = Server(fake.app)
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+    thread.start()
+    served = Live(fake, server, thread, listener.getsockname()[1])
+    try:
+        wait_until(lambda: served.ask("GET", "/readyz")[0] == 200)
+        fake.recurrent.entered.clear()
+        fake.recurrent.steps = 0
+        yield served
+    finally:
+        fake.recurrent.gate.set()
+        server.should_exit = True
+        thread.join(timeout=20)
+        assert not thread.is_alive()
+
+
+def test_nothing_runs_for_a_client_that_left() -> None:
+    with live() as served, ThreadPoolExecutor() as pool:
+        served.fake.recurrent.gate.clear()
+        occupied = pool.submit(served.ask, "POST", "/classify", {"inputs": "occupied"})
+        assert served.fake.recurrent.entered.wait(timeout=10)
+        leavers = [served.send(classify_bytes(f"leaver {number}")) for number in range(5)]
+        model = {"architecture": "recurrent", "task": "sentiment"}
+        wait_until(lambda: served.count("refrain_queue_depth", **model) == 6)
+        for leaver in leavers:
+            leaver.close()
+        wait_until(lambda: served.count("refrain_rejected_total", reason="client_gone") == 5)
+        wait_until(lambda: served.count("refrain_queue_depth", **model) == 1)
+        served.fake.recurrent.gate.set()
+        assert occupied.result(timeout=10)[0] == 200
+        assert served.fake.recurrent.steps == 2
+        assert served.count("refrain_dropped_texts_total", reason="client", **model) == 5
+
+
+def test_a_client_that_leaves_within_its_body_is_forgotten() -> None:
+    with live() as served:
+        served.send(classify_bytes("half a body")[:-5]).close()
+        wait_until(lambda: served.count("refrain_rejected_total", reason="client_gone") == 1)
+        assert served.ask("POST", "/classify", {"inputs": "a"})[0] == 200
+
+
+def test_408_for_a_body_that_dawdles() -> None:
+    with live(body_seconds=0.1) as served, served.send(classify_bytes("half a body")[:-5]) as connection:
+        assert status_of(connection) == 408
+
+
+def test_413_as_soon_as_a_stream_is_too_long() -> None:
+    endless = b"POST /classify HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1000\r\n%s\r\n" % (
+        b"a" * 4096
+    )
+    with live(max_body_bytes=2048) as served, served.send(endless) as connection:
+        head = connection.recv(4096)
+        assert head.startswith(b"HTTP/1.1 413 ") and b"connection: close" in head.lower()
+
+
+def test_413_from_the_announced_length_alone() -> None:
+    announced = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n"
+    with live() as served, served.send(announced) as connection:
+        assert status_of(connection) == 413
+
+
+def test_a_signal_drains_and_then_ends() -> None:
+    with live() as served, ThreadPoolExecutor() as pool:
+        kept_alive = HTTPConnection("127.0.0.1", served.port, timeout=10)
+        kept_alive.request("GET", "/readyz")
+        assert kept_alive.getresponse().read() == b'{"status":"ready"}'
+        served.fake.recurrent.gate.clear()
+        accepted = pool.submit(served.ask, "POST", "/classify", {"inputs": "accepted"})
+        assert served.fake.recurrent.entered.wait(timeout=10)
+
+        served.server.handle_exit(signal.SIGTERM, None)
+
+        assert served.ask("GET", "/readyz")[0] == 503
+        kept_alive.request("POST", "/classify", '{"inputs": "too late"}')
+        refused = kept_alive.getresponse()
+        assert (refused.status, refused.getheader("connection")) == (503, "close")
+        assert refused.getheader("retry-after")
+        kept_alive.close()
+        served.fake.recurrent.gate.set()
+        assert accepted.result(timeout=10)[0] == 200
+        served.thread.join(timeout=20)
+        assert not served.thread.is_alive()
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server() -> None:
+    fake = fake_app([fake_bundle()])
+    fake.recurrent.poison.add((0,))
+    with bind("127.0.0.1", 0) as listener:
+        thread = threading.Thread(target=Server(fake.app).run, args=([listener],), daemon=True)
+        thread.start()
+        thread.join(timeout=20)
+        assert not thread.is_alive()
+    assert str(fake.app.state.runtime.failure) == "loading failed: RuntimeError: poisoned"
+
+
+def test_a_second_signal_does_not_wait() -> None:
+    with live(drain_seconds=600, deadline_ms=600_000) as served:
+        served.fake.recurrent.gate.clear()
+        with served.send(classify_bytes("never answered")):
+            assert served.fake.recurrent.entered.wait(timeout=10)
+            served.server.handle_exit(signal.SIGINT, None)
+            served.server.handle_exit(signal.SIGINT, None)
+            served.thread.join(timeout=20)
+            assert not served.thread.is_alive()
+
+
+def test_a_drain_has_an_end() -> None:
+    with live(drain_seconds=0.2, deadline_ms=600_000) as served:
+        served.fake.recurrent.gate.clear()
+        with served.send(classify_bytes("never answered")):
+            assert served.fake.recurrent.entered.wait(timeout=10)
+            served.server.handle_exit(signal.SIGTERM, None)
+            served.thread.join(timeout=20)
+            assert not served.thread.is_alive()
+
+
+def test_a_taken_port_and_a_wrong_address_are_said_in_one_line() -> None:
+    with bind("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(StartError, match=f"^cannot listen on 127.0.0.1:{port}: Address already in use$"):
+            bind("127.0.0.1", port)
+    with pytest.raises(StartError, match=r"^cannot listen on 203\.0\.113\.7:0: "):
+        bind("203.0.113.7", 0)

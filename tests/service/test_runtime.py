@@ -1,0 +1,48 @@
+"""The phases of the process: what may end when, and what counts as being in flight."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+
+import pytest
+
+from service.errors import Draining, QueueFull, Starting
+from service.runtime import LINGER_SECONDS, Runtime
+from tests.service.fakes import fake_app, running
+
+
+def test_nothing_is_admitted_before_the_models_are_there() -> None:
+    runtime: Runtime = fake_app().app.state.runtime
+    with pytest.raises(Starting), runtime.admitted():
+        pass
+
+
+def test_a_drain_ends_a_little_after_the_last_answer() -> None:
+    fake = fake_app(drain_seconds=100)
+    runtime: Runtime = fake.app.state.runtime
+    with running(fake):
+        with runtime.admitted():
+            runtime.drain()
+            began = time.monotonic()
+            assert not runtime.drained(began + LINGER_SECONDS + 1)
+            assert runtime.drained(began + 101)
+        ended = time.monotonic()
+        assert not runtime.drained(ended)
+        assert runtime.drained(ended + LINGER_SECONDS)
+        with pytest.raises(Draining), runtime.admitted():
+            pass
+
+
+def test_a_process_that_was_not_told_to_end_never_does() -> None:
+    assert not fake_app().app.state.runtime.drained(time.monotonic() + 1e9)
+
+
+def test_no_more_requests_are_taken_in_than_the_queues_have_places() -> None:
+    fake = fake_app(max_queue=1, max_inputs=1)
+    runtime: Runtime = fake.app.state.runtime
+    with running(fake), ExitStack() as accepted:
+        for _ in runtime.models:
+            accepted.enter_context(runtime.admitted())
+        with pytest.raises(QueueFull):
+            accepted.enter_context(runtime.admitted())
