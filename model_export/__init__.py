@@ -1,0 +1,3 @@
+"""A run in, a proved bundle out."""
+
+import service  # noqa: F401  # first of all: it keeps ONNX Runtime from reporting usage

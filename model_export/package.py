@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import onnxruntime
 from onnx import ModelProto
+from pydantic import ValidationError
 
 from model_export import ops
 from model_export.errors import ExportError
@@ -36,6 +37,7 @@ from service.bundle import (
     StoredPrecision,
     Training,
     content_version,
+    first_problem,
     stored_files,
 )
 from service.engine import Engine
@@ -80,8 +82,10 @@ class _Source:
 
 def export(options: ExportOptions) -> Path:
     """Writes the bundle and returns its directory; on ExportError there is none, and an old one stands as it was."""
-    if options.out.exists() and not (options.out / MANIFEST).exists() and any(options.out.iterdir()):
+    if not _replaceable(options.out):
         raise ExportError(f"{options.out} exists and is not a bundle: it will not be replaced")
+    if not options.precisions:
+        raise ExportError("no precision to export: name fp16, int8 or both")
     source = _open(options)
     partial = options.out.with_name(f".{options.out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -90,9 +94,15 @@ def export(options: ExportOptions) -> Path:
         manifest = _write(source, options, partial)
         runs.replace(partial / MANIFEST, (manifest.model_dump_json(indent=2) + "\n").encode())
         _move_into_place(partial, options.out)
+    except ValidationError as error:  # as of a task whose name cannot be a bundle's
+        raise ExportError(f"the manifest would not be valid: {first_problem(error)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return options.out
+
+
+def _replaceable(out: Path) -> bool:
+    return not out.exists() or (out / MANIFEST).exists() or (out.is_dir() and not any(out.iterdir()))
 
 
 def _open(options: ExportOptions) -> _Source:
@@ -100,6 +110,8 @@ def _open(options: ExportOptions) -> _Source:
     model = runs.read_model(options.run)
     tokenizer = runs.read_tokenizer(options.run)
     dataset = load_dataset(info.options["dataset"], options.data_dir)
+    if list(dataset.labels) != info.labels:
+        raise ExportError(f"{dataset.name} has labels {', '.join(dataset.labels)}, the run {', '.join(info.labels)}")
     texts = dataset.train.texts
     calibration = texts[:: max(1, len(texts) // CALIBRATION_TEXTS)]
     limit = model.config.max_tokens

@@ -64,7 +64,8 @@ def fp32_difference(model: Encoder, engine: Engine, iterations: int) -> tuple[fl
     batches = list(odd_batches(model.config.vocabulary, model.config.max_tokens))
     for ids in tqdm(batches, desc="parity with PyTorch", unit="batch", leave=False, delay=2):
         expected_RBC = model(*pad(ids), iterations).numpy()
-        worst = max(worst, float(np.abs(_run_batch(engine, ids, iterations) - expected_RBC).max()))
+        difference = float(np.abs(_run_batch(engine, ids, iterations) - expected_RBC).max())
+        worst = float(np.maximum(worst, difference))  # unlike max(), it keeps what is not a number
         texts += len(ids)
     if not worst <= FP32_TOLERANCE:
         raise ExportError(
@@ -82,6 +83,8 @@ def precision_difference(
     tolerances: Tolerances,
 ) -> Difference:
     """How far a stored precision is from FP32; ExportError names a figure that is out of tolerance."""
+    if not np.isfinite(found_NC).all():
+        raise ExportError(f"{name} gives logits on {split} that are not finite numbers")
     expected_N, found_N, truth_N = fp32_NC.argmax(-1), found_NC.argmax(-1), np.array(labels)
     agree = float((expected_N == found_N).mean())
     lost = float((expected_N == truth_N).mean() - (found_N == truth_N).mean())

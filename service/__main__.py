@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+from types import FrameType
+from typing import TYPE_CHECKING
 
-import structlog
-
-from service.app import create_app
 from service.errors import StartError
-from service.logs import configure_logs
-from service.runtime import Runtime
-from service.server import Server, bind
-from service.settings import Settings, describe_settings, load_settings
+
+if TYPE_CHECKING:
+    from service.settings import Settings
 
 
 def main() -> int:
     """Run the service; the answer is the process's exit status."""
+    # As a container's first process it would not be ended by a SIGTERM that comes during the imports and the loading.
+    signal.signal(signal.SIGTERM, _leave)
+    from service.settings import describe_settings, load_settings
+
     argparse.ArgumentParser(
         prog="python -m service",
         description="Serve the bundles in REFRAIN_MODELS_DIR over HTTP.",
@@ -34,6 +37,13 @@ def main() -> int:
 
 def serve(settings: Settings) -> None:
     """Serve until a signal; raises StartError when that cannot be, also when the models fail to load."""
+    import structlog
+
+    from service.app import create_app
+    from service.logs import configure_logs
+    from service.runtime import Runtime
+    from service.server import Server, bind
+
     configure_logs(settings.log_level)
     app = create_app(settings)
     with bind(settings.host, settings.port) as listener:
@@ -43,6 +53,10 @@ def serve(settings: Settings) -> None:
     runtime: Runtime = app.state.runtime
     if runtime.failure is not None:
         raise runtime.failure
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    sys.exit(0)
 
 
 if __name__ == "__main__":

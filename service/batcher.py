@@ -49,7 +49,7 @@ class Answer:
 
 
 class Observer(Protocol):
-    """Is told what happens, on the engine's thread."""
+    """Is told what happens, on the engine's thread or, of texts that their client dropped, on the client's."""
 
     def batch(self, texts: int, real_tokens: int, padding_tokens: int) -> None: ...
     def exit(self, reason: Literal["depth", "confidence"], iterations: int) -> None: ...
@@ -94,9 +94,9 @@ class _Waiting:
 def choose_batch(lengths: Sequence[int], max_tokens: int, call_tokens: int) -> list[int]:
     """Which of the waiting texts run next: places in `lengths`, which is in order of arrival.
 
-    The oldest always runs, so a text with n others before it waits for n turns at most. The others join it nearest in
-    length first, while the padded batch stays within `max_tokens` and the padding that a text brings costs no more
-    than the call of its own that it saves.
+    The oldest always runs, so a text waits at most for as many turns as those before it have iterations left. The
+    others join it nearest in length first, while the padded batch stays within `max_tokens` and the padding that a text
+    brings costs no more than the call of its own that it saves.
     """
     leader = lengths[0]
     chosen, shortest_allowed, longest = [0], leader - call_tokens, leader
@@ -126,7 +126,6 @@ class Job:
 
     def __init__(self, size: int, drop: Callable[[Job], None]) -> None:
         self.future: Future[list[Answer | RefrainError]] = Future()
-        self.abandoned = False
         self._results: list[Answer | RefrainError | None] = [None] * size
         self._missing = size
         self._drop = drop
@@ -136,7 +135,7 @@ class Job:
         self._drop(self)
 
     def resolve(self, place: int, result: Answer | RefrainError) -> None:
-        """Puts one text's result in its place; the last one completes the job."""
+        """Puts one text's result in its place; the last one completes the job. For one thread at a time."""
         self._results[place] = result
         self._missing -= 1
         if self._missing == 0:
@@ -183,7 +182,7 @@ class Batcher:
             self._changed.notify()
         if self._thread.ident is not None:
             self._thread.join(timeout)
-        self._refuse_all(Draining())
+        self._refuse_all(Draining)
 
     def healthy(self) -> bool:
         """False once the thread has died, or has been in one turn for longer than `stuck_seconds`."""
@@ -218,7 +217,6 @@ class Batcher:
 
     def _drop(self, job: Job) -> None:
         with self._changed:
-            job.abandoned = True
             dropped = [waiting for waiting in self._pool.values() if waiting.job is job]
             for waiting in dropped:
                 del self._pool[waiting.number]
@@ -234,7 +232,7 @@ class Batcher:
         except BaseException:
             structlog.get_logger().exception("the batcher's thread died")
             self._dead = True
-            self._refuse_all(EngineDown())
+            self._refuse_all(EngineDown)
             raise
 
     def _next_batch(self) -> list[_Waiting]:
@@ -272,10 +270,7 @@ class Batcher:
 
     def _without_late(self, batch: list[_Waiting], now: float) -> list[_Waiting]:
         """Those whose deadline has not passed; the others get their error instead of a place in the batch."""
-        late = [(waiting, DeadlineExceeded()) for waiting in batch if now >= waiting.deadline]
-        if late:
-            self._observer.dropped("deadline", len(late))
-            self._finish(late)
+        self._finish([(waiting, DeadlineExceeded()) for waiting in batch if now >= waiting.deadline])
         return [waiting for waiting in batch if now < waiting.deadline]
 
     def _advance(self, batch: list[_Waiting]) -> list[_Stepped | InferenceFailed]:
@@ -295,10 +290,11 @@ class Batcher:
                 waiting.hidden = hidden
         states, logits_BC = self._engine.step([waiting.hidden for waiting in batch if waiting.hidden is not None])
         confidence_B = confidence(logits_BC)
-        finite_B = np.isfinite(confidence_B)
         return [
-            _Stepped(states[row], logits_BC[row], float(confidence_B[row])) if finite_B[row] else InferenceFailed()
-            for row in range(len(batch))
+            _Stepped(states[row], logits_C, float(confidence_B[row]))
+            if np.isfinite(logits_C).all()
+            else InferenceFailed()
+            for row, logits_C in enumerate(logits_BC)
         ]
 
     def _judge(
@@ -313,19 +309,24 @@ class Batcher:
         confident = text.exit_threshold is not None and outcome.confidence >= text.exit_threshold
         if not deep_enough and not confident:
             return None
-        self._observer.exit("depth" if deep_enough else "confidence", waiting.iterations)
         return Answer(outcome.logits, waiting.iterations, started - waiting.arrived, now - started)
 
     def _finish(self, results: Sequence[tuple[_Waiting, Answer | RefrainError]]) -> None:
+        """Takes texts out of the pool and answers them; one that is gone already was abandoned or refused."""
         with self._changed:
-            for waiting, _ in results:
-                self._pool.pop(waiting.number, None)  # gone already if its job was abandoned
-        for waiting, result in results:
-            waiting.job.resolve(waiting.place, result)
+            for waiting, result in results:
+                if self._pool.pop(waiting.number, None) is not None:
+                    self._tell(waiting, result)
+                    waiting.job.resolve(waiting.place, result)
 
-    def _refuse_all(self, error: RefrainError) -> None:
+    def _tell(self, waiting: _Waiting, result: Answer | RefrainError) -> None:
+        if isinstance(result, Answer):
+            reason: Literal["depth", "confidence"]
+            reason = "depth" if result.iterations >= waiting.text.max_iterations else "confidence"
+            self._observer.exit(reason, result.iterations)
+        elif isinstance(result, DeadlineExceeded):
+            self._observer.dropped("deadline", 1)
+
+    def _refuse_all(self, error: Callable[[], RefrainError]) -> None:
         with self._changed:
-            left = list(self._pool.values())
-            self._pool.clear()
-        for waiting in left:
-            waiting.job.resolve(waiting.place, error)
+            self._finish([(waiting, error()) for waiting in self._pool.values()])

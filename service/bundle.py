@@ -61,10 +61,11 @@ class Quality(_Strict):
 
 
 class Training(_Strict):
-    """Where the weights come from."""
+    """Where the weights come from; `initialised_from` is the run that this one started from."""
 
     run_id: str
     dataset: str
+    initialised_from: str | None
     texts: dict[str, int]
     commit: str | None
     seed: int
@@ -135,7 +136,7 @@ def find_bundles(models_dir: Path) -> list[Path]:
     """The directories in `models_dir` that hold a manifest, by name; BundleError where there is none."""
     if not models_dir.is_dir():
         raise BundleError(f"the models directory {models_dir} does not exist")
-    found = sorted(path.parent for path in models_dir.glob(f"*/{MANIFEST}"))
+    found = sorted(path.parent for path in models_dir.glob(f"[!.]*/{MANIFEST}"))  # hidden: an export has not finished
     if not found:
         raise BundleError(f"no bundle in {models_dir}: no directory in it holds a {MANIFEST}")
     return found
@@ -172,9 +173,13 @@ def _read_manifest(path: Path) -> Manifest:
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror}") from error
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the document"
-        raise BundleError(f"{path}: {where}: {first['msg']} ({error.error_count()} problems in all)") from error
+        raise BundleError(f"{path}: {first_problem(error)} ({error.error_count()} problems in all)") from error
+
+
+def first_problem(error: ValidationError) -> str:
+    """Where a manifest is wrong first, and what would be right there."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'the document'}: {first['msg']}"
 
 
 def _verify(bundle: Path, stored: StoredFile) -> None:

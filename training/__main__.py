@@ -1,11 +1,12 @@
 """`python -m training`: train and evaluate."""
 
+import argparse
 import json
 import sys
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -33,14 +34,13 @@ class EvaluateConfig:
 def main(arguments: list[str]) -> int:
     """Runs one command; returns the exit status (130 after Ctrl-C)."""
     try:
-        defaults, arguments = _take_config_file(arguments)
         command = tyro.cli(
-            Annotated[TrainConfig, tyro.conf.subcommand("train", default=defaults)]
+            Annotated[TrainConfig, tyro.conf.subcommand("train")]
             | Annotated[EvaluateConfig, tyro.conf.subcommand("evaluate")],
             prog="python -m training",
             description="Trains and evaluates the text classifiers. `train --config FILE` reads options from TOML or "
             "JSON; options on the command line win.",
-            args=arguments,
+            args=_take_config_file(arguments),
         )
         _train(command) if isinstance(command, TrainConfig) else _evaluate(command)
     except TrainingError as error:
@@ -68,25 +68,31 @@ def _evaluate(config: EvaluateConfig) -> None:
     print(table(figures))
 
 
-def _take_config_file(arguments: list[str]) -> tuple[TrainConfig, list[str]]:
-    """Takes `--config FILE` out of the arguments and makes its values the defaults."""
-    if "--config" not in arguments:
-        return TrainConfig(), arguments
-    at = arguments.index("--config")
-    if at + 1 == len(arguments):
-        raise TrainingError("--config needs a file (TOML or JSON)")
-    path = Path(arguments[at + 1])
+def _take_config_file(arguments: list[str]) -> list[str]:
+    """Puts the options that `train --config FILE` names before the other arguments, which thereby win."""
+    parser = argparse.ArgumentParser(prog="python -m training", add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    found, others = parser.parse_known_args(arguments)
+    if found.config is None:
+        return arguments
+    if others[:1] != ["train"]:
+        raise TrainingError("--config goes with train")
+    return ["train", *_read_options(found.config), *others[1:]]
+
+
+def _read_options(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
-        values: dict[str, Any] = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (OSError, ValueError) as error:
         raise TrainingError(f"--config {path}: {error}") from error
-    known = {field.name for field in fields(TrainConfig)}
-    values = {name.replace("-", "_"): value for name, value in values.items()}
+    if not isinstance(values, dict):
+        raise TrainingError(f"--config {path}: an object of options is needed")
+    values = {name.replace("_", "-"): value for name, value in values.items()}
+    known = {field.name.replace("_", "-") for field in fields(TrainConfig)}
     if unknown := sorted(values.keys() - known):
         raise TrainingError(f"--config {path}: unknown options {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-    values |= {name: Path(values[name]) for name in ("data_dir", "output_dir") if name in values}
-    return TrainConfig(**values), arguments[:at] + arguments[at + 2 :]
+    return [f"--{name}={value}" for name, value in values.items()]
 
 
 if __name__ == "__main__":

@@ -4,7 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from training.errors import TrainingError
 from training.shapes import SHAPES, EncoderConfig
+
+SMALLEST_VOCABULARY = 260
+"""Every byte and the four special tokens."""
 
 
 @dataclass(frozen=True)
@@ -16,8 +20,12 @@ class TrainConfig:
     --data-dir."""
     data_dir: Path | None = None
     """Read NAME/{train,validation,test}.{jsonl,csv,tsv,parquet} (text also .gz) here instead of from the hub."""
+    train_share: float = 1.0
+    """Train on this share of the training split, drawn by the seed."""
     output_dir: Path = Path("runs/default")
     """The run directory. A run that stands there unfinished is resumed when the options are the same."""
+    init_from: Path | None = None
+    """Start from the weights of this run, with its tokenizer; the shape must be the same."""
 
     architecture: Literal["recurrent", "baseline"] = "recurrent"
     recurrent_depth: int = 2
@@ -53,6 +61,20 @@ class TrainConfig:
     seed: int = 13
     checkpoint_steps: int = 500
     """Optimiser steps between two checkpoints."""
+
+    def __post_init__(self) -> None:
+        counts = (
+            "recurrent_depth", "layers", "width", "heads", "feed_forward", "max_tokens", "vocabulary", "batch_size",
+            "gradient_accumulation", "num_epochs", "early_stopping_patience", "checkpoint_steps",
+        )  # fmt: skip
+        for name in counts:
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise TrainingError(f"--{name.replace('_', '-')} is {value}; at least 1 is needed")
+        for name in ("warmup_share", "dropout", "token_dropout", "label_smoothing"):
+            if not 0 <= (value := getattr(self, name)) < 1:
+                raise TrainingError(f"--{name.replace('_', '-')} is {value}; a share from 0 to below 1 is needed")
+        if self.vocabulary < SMALLEST_VOCABULARY:
+            raise TrainingError(f"--vocabulary is {self.vocabulary}; at least {SMALLEST_VOCABULARY} are needed")
 
     def encoder(self, classes: int, vocabulary: int) -> EncoderConfig:
         """The network's shape: the architecture's own, with what the options override."""

@@ -53,6 +53,10 @@ def evaluate(
     examples = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}[split]
     if examples is None:
         raise TrainingError(f"data set '{dataset.name}' has no labelled {split} split")
+    if iterations is not None and (info.architecture != "recurrent" or iterations < 1):
+        raise TrainingError(
+            f"--iterations {iterations}: at least 1, and for a recurrent model only, not {info.architecture}"
+        )
     model = runs.read_model(run)
     parameters = sum(p.numel() for p in model.parameters())
     started = time.perf_counter()

@@ -3,6 +3,8 @@
 import csv
 import gzip
 import json
+import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,8 @@ from training.errors import TrainingError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
 SMALLEST_SPLIT = 4
+UNDECODED = re.compile("[\ufffd\ud800-\udfff]")
+"""What a failed decoding leaves behind: the replacement character, or half of a surrogate pair (JSON can spell one)."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +87,22 @@ def _text(record: Mapping[str, Any], columns: Columns, where: str) -> str:
     text = record[column]
     if not isinstance(text, str):
         raise TrainingError(f"{where}: column '{column}' holds {type(text).__name__}, not text")
-    if "\ufffd" in text:
-        raise TrainingError(f"{where}: the text holds U+FFFD, left by a failed decoding; re-read its source as UTF-8")
-    return text[int(record[columns.body_start]) :] if columns.body_start in record else text
+    if broken := UNDECODED.search(text):
+        raise TrainingError(
+            f"{where}: the text holds U+{ord(broken[0]):04X}, left by a failed decoding; re-read its source as UTF-8"
+        )
+    return text[_offset(record, columns.body_start, where) :]
+
+
+def _offset(record: Mapping[str, Any], column: str, where: str) -> int:
+    value = record.get(column, 0)
+    try:
+        offset = int(value)
+    except (TypeError, ValueError):
+        offset = -1
+    if offset < 0:
+        raise TrainingError(f"{where}: column '{column}' holds {value!r}, not a number of characters")
+    return offset
 
 
 def _label(record: Mapping[str, Any], column: str, labels: Sequence[str], where: str) -> int:
@@ -94,9 +111,11 @@ def _label(record: Mapping[str, Any], column: str, labels: Sequence[str], where:
     value = str(record[column])
     if value in labels:
         return labels.index(value)
-    if value.isdecimal() and int(value) < len(labels):
+    numbered = not any(label.isdecimal() for label in labels)  # else the numbers are names, and stand for themselves
+    if numbered and value.isdecimal() and int(value) < len(labels):
         return int(value)
-    raise TrainingError(f"{where}: unknown label {value!r}; known: {', '.join(labels)} (or 0 to {len(labels) - 1})")
+    or_number = f" (or 0 to {len(labels) - 1})" if numbered else ""
+    raise TrainingError(f"{where}: unknown label {value!r}; known: {', '.join(labels)}{or_number}")
 
 
 def read_records(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -110,7 +129,7 @@ def read_records(path: Path) -> Iterator[Mapping[str, Any]]:
         if kind == "jsonl":
             yield from (_json_record(line, f"{path}, row {row}") for row, line in enumerate(lines, start=1))
         else:
-            yield from csv.DictReader(lines, delimiter="," if kind == "csv" else "\t", strict=True)
+            yield from _separated_records(lines, "," if kind == "csv" else "\t", path)
 
 
 def _decoded(stream: Iterable[bytes], path: Path) -> Iterator[str]:
@@ -119,9 +138,21 @@ def _decoded(stream: Iterable[bytes], path: Path) -> Iterator[str]:
         for row, line in enumerate(stream, start=1):  # the handler names the row
             yield line.decode("utf-8-sig" if row == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        raise TrainingError(f"{path}, row {row}: not UTF-8 (byte {error.start}: {error.reason})") from error
-    except (EOFError, OSError) as error:
-        raise TrainingError(f"{path}, after row {row}: cannot be read: {error}") from error
+        raise TrainingError(f"{path}, line {row}: not UTF-8 (byte {error.start}: {error.reason})") from error
+    except (EOFError, OSError, zlib.error) as error:
+        raise TrainingError(f"{path}, after line {row}: cannot be read: {error}") from error
+
+
+def _separated_records(lines: Iterator[str], delimiter: str, path: Path) -> Iterator[Mapping[str, Any]]:
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    try:
+        header, rows = next(reader, []), (row for row in reader if row)
+        for number, row in enumerate(rows, start=1):
+            if len(row) != len(header):
+                raise TrainingError(f"{path}, row {number}: {len(row)} columns, the header has {len(header)}")
+            yield dict(zip(header, row, strict=True))
+    except csv.Error as error:
+        raise TrainingError(f"{path}, line {reader.line_num}: broken CSV: {error}") from error
 
 
 def _json_record(line: str, where: str) -> Mapping[str, Any]:

@@ -7,12 +7,13 @@ state to end where an uninterrupted one would have.
 import importlib.metadata
 import json
 import math
+import random
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -54,7 +55,7 @@ class Progress:
 def train(config: TrainConfig) -> Path:
     """Trains (or resumes) until done, patience ends, or a signal asks to stop; returns the run directory."""
     accelerator = _accelerator(config)
-    dataset = load_dataset(config.dataset, config.data_dir)
+    dataset = _with_share(load_dataset(config.dataset, config.data_dir), config)
     with accelerator.main_process_first():
         info = _prepare_run(config, dataset) if accelerator.is_main_process else runs.read_info(config.output_dir)
     loop = Loop(config, accelerator, dataset, info)
@@ -76,11 +77,13 @@ class Loop:
         self.progress = Progress()
         torch.manual_seed(config.seed)
         model = info.build_model()
+        if config.init_from:
+            runs.read_weights(config.init_from, model)
         optimizer = torch.optim.AdamW(_parameter_groups(model, config.weight_decay), fused=True)
         if checkpoint := runs.read_checkpoint(self.run_dir):
             self._restore(checkpoint, model, optimizer)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.log = Log(self.run_dir / runs.METRICS, self.progress.step) if accelerator.is_main_process else None
+        self.log = Log(self.run_dir / runs.METRICS, self.progress) if accelerator.is_main_process else None
 
     def run(self, asked_to_stop: "StopRequest") -> None:
         """Steps through the epochs; validates after each."""
@@ -113,12 +116,19 @@ class Loop:
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": scaler.state_dict() if scaler else {},
                 "progress": asdict(self.progress),
+                "processes": self.accelerator.num_processes,
             },
         )
         if self.progress.best_accuracy < 0:
             runs.write_weights(self.run_dir, model)
 
     def _restore(self, checkpoint: dict[str, Any], model: Encoder, optimizer: torch.optim.Optimizer) -> None:
+        processes, before = self.accelerator.num_processes, checkpoint.get("processes", 1)
+        if processes != before:
+            raise TrainingError(
+                f"{self.run_dir} was begun with {before} processes, and {processes} would take other steps: "
+                f"resume with {before}, or choose another --output-dir"
+            )
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         if self.accelerator.scaler and checkpoint["scaler"]:
@@ -211,11 +221,11 @@ class Loop:
 
 
 class Log:
-    """`metrics.jsonl`; a resumed run drops the lines of steps it takes again."""
+    """`metrics.jsonl`; a resumed run drops the lines of steps, and of validations, that it takes again."""
 
-    def __init__(self, path: Path, step: int) -> None:
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
+    def __init__(self, path: Path, progress: Progress) -> None:
+        lines = [(json.loads(line), line) for line in path.read_text().splitlines()] if path.exists() else []
+        kept = [line for at, line in lines if at["step"] <= progress.step and at["epoch"] <= progress.epoch]
         path.write_text("".join(f"{line}\n" for line in kept))
         self.path = path
 
@@ -225,14 +235,23 @@ class Log:
 
 
 class StopRequest:
-    """Set by the first SIGINT or SIGTERM; the loop ends at the next step. A second one ends at once."""
+    """Set by the first SIGINT or SIGTERM; the loop ends at the next step. A later one ends at once.
 
-    asked = False
+    Within a second it is taken for the same: launchers pass on what the terminal has sent to every process already.
+    """
+
+    asked_at: float | None = None
+
+    @property
+    def asked(self) -> bool:
+        return self.asked_at is not None
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        now = time.monotonic()
+        if self.asked_at is None:
+            self.asked_at = now
+        elif now - self.asked_at > 1:
             raise KeyboardInterrupt
-        self.asked = True
 
 
 @contextmanager
@@ -279,7 +298,8 @@ def _parameter_groups(model: Encoder, weight_decay: float) -> list[dict[str, Any
 def _accelerator(config: TrainConfig) -> Accelerator:
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise TrainingError("--mixed-precision fp16 needs CUDA; on a CPU take bf16 or no")
-    return Accelerator(mixed_precision=config.mixed_precision)
+    # Said outright, because without a GPU several processes would otherwise train one model each, in one directory.
+    return Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.accelerator.is_available())
 
 
 def _prepare_run(config: TrainConfig, dataset: Dataset) -> RunInfo:
@@ -294,7 +314,10 @@ def _prepare_run(config: TrainConfig, dataset: Dataset) -> RunInfo:
             )
         return info
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer = learn_tokenizer(dataset.train.texts, config.tokenizer, config.vocabulary)
+    if config.init_from:
+        tokenizer = runs.read_tokenizer(config.init_from)
+    else:
+        tokenizer = learn_tokenizer(dataset.train.texts, config.tokenizer, config.vocabulary)
     runs.replace(directory / runs.TOKENIZER, tokenizer.to_str().encode())
     info = RunInfo(
         task=dataset.task,
@@ -302,23 +325,38 @@ def _prepare_run(config: TrainConfig, dataset: Dataset) -> RunInfo:
         architecture=config.architecture,
         encoder=asdict(config.encoder(len(dataset.labels), tokenizer.get_vocab_size())),
         options=options,
-        provenance=_provenance(config, dataset),
+        provenance=_provenance(config, options, dataset),
     )
     runs.write_info(directory, info)
     return info
 
 
+def _with_share(dataset: Dataset, config: TrainConfig) -> Dataset:
+    if not 0 < config.train_share <= 1:
+        raise TrainingError(f"--train-share {config.train_share}: a share above 0 and up to 1 is needed")
+    count = len(dataset.train)
+    chosen = random.Random(config.seed).sample(range(count), max(1, round(count * config.train_share)))
+    return replace(dataset, train=dataset.train.pick(sorted(chosen)))
+
+
 def _options(config: TrainConfig) -> dict[str, Any]:
     """The options that shape the result; where files lie does not."""
-    return {name: value for name, value in asdict(config).items() if name not in ("data_dir", "output_dir")}
+    places = ("data_dir", "output_dir", "init_from")
+    options = {name: value for name, value in asdict(config).items() if name not in places}
+    return {**options, "initialised_from": _run_id(config.init_from)}
 
 
-def _provenance(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
+def _run_id(run: Path | None) -> str | None:
+    return runs.read_info(run).provenance["run_id"] if run else None
+
+
+def _provenance(config: TrainConfig, options: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
     now = datetime.now(UTC)
     return {
         "run_id": f"{dataset.name}-{config.architecture}-{now:%Y%m%dT%H%M%SZ}",
         "started": f"{now:%Y-%m-%dT%H:%M:%SZ}",
         "dataset": dataset.name,
+        "initialised_from": options["initialised_from"],
         "texts": {"train": len(dataset.train), "validation": len(dataset.validation)},
         "commit": _commit(),
         "seed": config.seed,

@@ -12,10 +12,11 @@ from torch import Tensor
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square layer norm over the last axis: x / sqrt(mean(x^2) + eps) * weight.
 
-    x (..., D), weight (D,) -> (..., D) in x's dtype; computed in float32. Zhang and Sennrich 2019, arXiv 1910.07467.
+    x (..., D), weight (D,) -> (..., D) in x's dtype; computed in float32 at least. Zhang and Sennrich 2019,
+    arXiv 1910.07467.
     """
-    x32 = x.float()
-    return (x32 * _inverse_rms(x32, eps) * weight.float()).to(x.dtype)
+    wide = _widen(x)
+    return (wide * _inverse_rms(wide, eps) * weight.to(wide.dtype)).to(x.dtype).contiguous()
 
 
 @torch.library.custom_op("refrain::rope", mutates_args=())
@@ -28,8 +29,13 @@ def rope(x_BHLK: Tensor, cos_BLJ: Tensor, sin_BLJ: Tensor) -> Tensor:
     return _rotate(x_BHLK, cos_BLJ, sin_BLJ)
 
 
-def _inverse_rms(x32: Tensor, eps: float) -> Tensor:
-    return torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+def _widen(x: Tensor) -> Tensor:
+    """float32, or float64 where x is that already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _inverse_rms(wide: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
 
 
 def _rotate(x_BHLK: Tensor, cos_BLJ: Tensor, sin_BLJ: Tensor) -> Tensor:
@@ -57,12 +63,12 @@ def _rms_norm_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-d
 def _rms_norm_backward(ctx, grad):  # type: ignore[no-untyped-def]  # torch types neither
     """With n = x * r, r = 1/rms: d/dx = r * (g w - n * mean(g w n)), d/dweight = sum(g n)."""
     x, weight = ctx.saved_tensors
-    x32, grad32 = x.float(), grad.float()
-    r = _inverse_rms(x32, ctx.eps)
-    n = x32 * r
-    gw = grad32 * weight.float()
+    wide, grad = _widen(x), _widen(grad)
+    r = _inverse_rms(wide, ctx.eps)
+    n = wide * r
+    gw = grad * weight.to(wide.dtype)
     grad_x = r * (gw - n * (gw * n).mean(-1, keepdim=True))
-    grad_weight = (grad32 * n).flatten(0, -2).sum(0)
+    grad_weight = (grad * n).reshape(-1, len(weight)).sum(0)
     return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 
 

@@ -12,11 +12,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError  # what torch.load raises; nothing is unpickled
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from tokenizers import Tokenizer
 
 from training.architectures import ARCHITECTURES
@@ -74,22 +75,25 @@ def read_tokenizer(run: Path) -> Tokenizer:
 
 
 def write_weights(run: Path, model: torch.nn.Module) -> None:
-    beside = run / f"{WEIGHTS}.partial"
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, beside)
-    beside.replace(run / WEIGHTS)
+    replace(run / WEIGHTS, save({name: tensor.contiguous() for name, tensor in model.state_dict().items()}))
 
 
 def read_model(run: Path) -> Encoder:
     """The run's best weights in its architecture, ready for evaluation."""
-    model = read_info(run).build_model()
+    return read_weights(run, read_info(run).build_model()).eval()
+
+
+def read_weights(run: Path, model: Encoder) -> Encoder:
+    """Gives a model the run's best weights; TrainingError where there are none, or of another shape."""
     path = run / WEIGHTS
     try:
         model.load_state_dict(load_file(path))
     except FileNotFoundError as error:
         raise TrainingError(f"{path} is missing: the run has no checkpoint yet") from error
     except (SafetensorError, RuntimeError) as error:
-        raise TrainingError(f"{path} does not hold this run's weights: {error}") from error
-    return model.eval()
+        reason = " ".join(str(error).split())
+        raise TrainingError(f"{path} does not hold weights of this shape: {reason}") from error
+    return model
 
 
 def write_checkpoint(run: Path, checkpoint: Mapping[str, Any]) -> None:
@@ -103,5 +107,8 @@ def read_checkpoint(run: Path) -> dict[str, Any] | None:
     path = run / LAST
     if not path.exists():
         return None
-    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, UnpicklingError) as error:
+        raise TrainingError(f"{path} is not a readable checkpoint; without it the run begins anew") from error
     return checkpoint

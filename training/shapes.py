@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from training.errors import TrainingError
+
 
 @dataclass(frozen=True)
 class EncoderConfig:
@@ -17,6 +19,13 @@ class EncoderConfig:
     vocabulary: int = 4096
     max_tokens: int = 256
     dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.width % (2 * self.heads):
+            raise TrainingError(
+                f"width {self.width} does not fit {self.heads} heads: a multiple of {2 * self.heads} is needed, since "
+                "rotary positions turn pairs"
+            )
 
 
 SHAPES: Mapping[str, Mapping[str, int]] = {

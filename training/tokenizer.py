@@ -14,34 +14,57 @@ TokenizerKind = Literal["wordpiece", "bpe"]
 
 def learn_tokenizer(texts: Sequence[str], kind: TokenizerKind, vocabulary: int) -> Tokenizer:
     """A lower-casing tokenizer of at most `vocabulary` entries; every encoding begins with [CLS]."""
-    tokenizer, trainer = _wordpiece(vocabulary) if kind == "wordpiece" else _bpe(vocabulary)
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.train_from_iterator(texts, trainer, length=len(texts))
+    tokenizer = _learn_wordpiece(texts, vocabulary) if kind == "wordpiece" else _learn_bpe(texts, vocabulary)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{CLASSIFY} $A", special_tokens=[(CLASSIFY, CLASSIFY_ID)]
     )
     return tokenizer
 
 
-def _wordpiece(vocabulary: int) -> tuple[Tokenizer, trainers.WordPieceTrainer]:
-    tokenizer = Tokenizer(models.WordPiece(unk_token=UNKNOWN))
+def _learn_wordpiece(texts: Sequence[str], vocabulary: int) -> Tokenizer:
+    """Learned in two passes, so that the same texts always give the same tokenizer.
+
+    The trainer numbers the letters that continue a word in an order that differs from process to process, and ties
+    between merges follow the numbers. So a first pass finds those letters, and the second is given them in order.
+    """
+    letters = _train_wordpiece(texts, 0, vocabulary // 4, SPECIAL_TOKENS)
+    continuing = sorted(token for token in letters if token.startswith("##"))
+    tokenizer = _wordpiece(_train_wordpiece(texts, vocabulary, vocabulary // 4, [*SPECIAL_TOKENS, *continuing]))
+    tokenizer.add_special_tokens(SPECIAL_TOKENS)
+    return tokenizer
+
+
+def _train_wordpiece(texts: Sequence[str], vocabulary: int, alphabet: int, fixed: list[str]) -> dict[str, int]:
+    """Token to id: `fixed` first, then the `alphabet` most frequent letters, then what `vocabulary` leaves room for."""
+    tokenizer = _wordpiece({})
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocabulary, special_tokens=fixed, limit_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer, length=len(texts))
+    return tokenizer.get_vocab()
+
+
+def _wordpiece(vocabulary: dict[str, int]) -> Tokenizer:
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    return tokenizer, trainers.WordPieceTrainer(
-        vocab_size=vocabulary, special_tokens=SPECIAL_TOKENS, show_progress=False
-    )
+    return tokenizer
 
 
-def _bpe(vocabulary: int) -> tuple[Tokenizer, trainers.BpeTrainer]:
+def _learn_bpe(texts: Sequence[str], vocabulary: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer, trainers.BpeTrainer(
+    trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
         special_tokens=SPECIAL_TOKENS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
+    tokenizer.train_from_iterator(texts, trainer, length=len(texts))
+    return tokenizer
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int) -> list[list[int]]:

@@ -1,0 +1,128 @@
+"""INT8: how far integers are from what they stand for, and that every scale is a constant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from model_export.graphs import Graphs
+from model_export.quantize import (
+    ActivationRange,
+    measure_ranges,
+    quantizable,
+    quantize_columns,
+    quantize_embedding,
+    quantize_step,
+)
+from service.bundle import Bundle
+
+FloatArray = NDArray[np.float32]
+WEIGHTS = hnp.arrays(
+    np.float32,
+    hnp.array_shapes(min_dims=2, max_dims=2, max_side=9),
+    elements=st.floats(-1e4, 1e4, width=32, allow_subnormal=False),
+)
+
+
+@given(WEIGHTS)
+def test_a_column_is_at_most_half_a_step_off(weight: FloatArray) -> None:
+    integers, scales = quantize_columns(weight)
+    assert integers.dtype == np.int8
+    assert scales.shape == weight.shape[1:]
+    off = np.abs(integers.astype(np.float64) * scales - weight)
+    assert (off <= scales * (0.5 + 1e-4)).all()
+    assert (integers[weight == 0] == 0).all()
+
+
+@given(st.floats(-1e4, -1e-6), st.floats(1e-6, 1e4))
+def test_zero_has_an_integer_of_its_own_and_the_range_fits_in_a_byte(low: float, high: float) -> None:
+    found = ActivationRange(low, high)
+    assert 0 <= found.zero_point <= 255
+    ends = np.array([low, high]) / found.scale + found.zero_point
+    assert ends[0] >= -0.51
+    assert ends[1] <= 255.51
+
+
+def product(weight: FloatArray) -> onnx.ModelProto:
+    """hidden -> hidden x weight."""
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["hidden", "weight"], ["logits"], name="product")],
+        "product",
+        [helper.make_tensor_value_info("hidden", TensorProto.FLOAT, ["batch", len(weight)])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", weight.shape[1]])],
+        initializer=[numpy_helper.from_array(weight, "weight")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
+
+
+def run(model: onnx.ModelProto, feed: dict[str, NDArray[np.generic]]) -> list[NDArray[np.generic]]:
+    return list(onnxruntime.InferenceSession(model.SerializeToString()).run(None, feed))
+
+
+def test_a_product_with_measured_ranges_is_close_to_the_one_in_floating_point() -> None:
+    rng = np.random.default_rng(3)
+    weight = rng.standard_normal((64, 5)).astype(np.float32)
+    hidden = rng.standard_normal((200, 64)).astype(np.float32)
+    model = product(weight)
+
+    def drive(session: onnxruntime.InferenceSession) -> Iterable[Sequence[FloatArray]]:
+        yield session.run(None, {"hidden": hidden})
+
+    ranges = measure_ranges(model, drive)
+    assert ranges.keys() == {"hidden"}
+    assert -6 < ranges["hidden"].low < -3
+    assert 3 < ranges["hidden"].high < 6
+    exact, found = (run(one, {"hidden": hidden})[0] for one in (model, quantize_step(model, ranges)))
+    assert np.abs(found - exact).max() < 0.05 * np.abs(exact).max()
+    assert np.abs(found - exact).max() > 0
+
+
+def test_a_row_does_not_depend_on_the_other_rows() -> None:
+    rng = np.random.default_rng(4)
+    model = product(rng.standard_normal((16, 3)).astype(np.float32))
+    quantized = quantize_step(model, {"hidden": ActivationRange(-2.0, 2.0)})
+    hidden = rng.standard_normal((5, 16)).astype(np.float32)
+    loud = np.concatenate([hidden, np.full((1, 16), 1e6, dtype=np.float32)])
+    np.testing.assert_array_equal(run(quantized, {"hidden": loud})[0][:5], run(quantized, {"hidden": hidden})[0])
+
+
+def test_every_stored_weight_is_quantized_but_the_heads(fp32_graphs: Graphs, bundle: Bundle) -> None:
+    chosen = quantizable(fp32_graphs["step"])
+    assert len(chosen) == 4  # query-key-value, attention's output, gate-up, down
+    step = onnx.load(bundle.path / "int8/step.onnx")
+    assert [node.op_type for node in step.graph.node].count("MatMulInteger") == 4
+    assert not quantizable(step)
+
+
+def test_the_scales_of_the_stored_graph_are_constants(bundle: Bundle) -> None:
+    graph = onnx.load(bundle.path / "int8/step.onnx").graph
+    constants = {tensor.name for tensor in graph.initializer}
+    kinds = [node.op_type for node in graph.node]
+    assert "DynamicQuantizeLinear" not in kinds
+    quantizers = [node for node in graph.node if node.op_type == "QuantizeLinear"]
+    assert quantizers
+    assert all(set(node.input[1:]) <= constants for node in quantizers)
+
+
+def test_the_embedding_is_at_most_half_a_step_off(fp32_graphs: Graphs) -> None:
+    embed = fp32_graphs["embed"]
+    (table,) = (numpy_helper.to_array(tensor) for tensor in embed.graph.initializer)
+    feed = {"ids": np.arange(len(table), dtype=np.int64)[None]}
+    exact, found = (run(model, feed)[0] for model in (embed, quantize_embedding(embed)))
+    largest = np.abs(exact).max(axis=-1, keepdims=True)
+    assert (np.abs(found - exact) <= largest / 127 * 0.5001).all()
+
+
+@pytest.mark.parametrize("role", ["embed", "step"])
+def test_int8_is_smaller_than_fp16(bundle: Bundle, role: str) -> None:
+    sizes = [(bundle.path / precision / f"{role}.onnx").stat().st_size for precision in ("int8", "fp16")]
+    assert sizes[0] < sizes[1]

@@ -1,0 +1,65 @@
+"""Through the batcher, under mixed load from many sides at once, each text's scores are the scores it has alone."""
+
+from __future__ import annotations
+
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from service.batcher import Answer, Batcher, Text
+from service.bundle import load_bundle
+from service.engine import Engine, Precision, open_engine
+from tests import tiny
+from tests.service.test_batcher import Recorder
+
+CLIENTS, REQUESTS, LIST_LENGTH = 8, 12, 6
+SECONDS = 60.0
+TOLERANCE = 1e-5
+
+
+def alone(engine: Engine, asked: Text) -> list[NDArray[np.float32]]:
+    """The logits after each of a text's iterations when nothing shares its batch."""
+    hidden, logits = engine.embed([asked.ids]), []
+    for _ in range(asked.max_iterations):
+        hidden, logits_BC = engine.step(hidden)
+        logits.append(logits_BC[0])
+    return logits
+
+
+def draw(rng: random.Random, vocabulary: int, deepest: int) -> Text:
+    ids = [rng.randrange(vocabulary) for _ in range(rng.randint(1, tiny.MAX_TOKENS))]
+    return Text(ids, rng.randint(1, deepest), rng.choice([None, None, 0.6, 0.99]))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize(("architecture", "deepest"), [("recurrent", 4), ("baseline", 1)])
+def test_load_changes_no_answer(models_dir: Path, architecture: str, deepest: int, precision: Precision) -> None:
+    bundle = load_bundle(models_dir / f"{tiny.DATASET}-{architecture}")
+    engine = open_engine(bundle, provider="cpu", precision=precision, threads=2)
+    vocabulary, seen = bundle.tokenizer.get_vocab_size(), Recorder()
+    batcher = Batcher(engine, max_batch_tokens=512, max_queue=10_000, stuck_seconds=SECONDS, observer=seen)
+
+    def client(number: int) -> list[tuple[Text, Answer]]:
+        rng, pairs = random.Random(number), []
+        for _ in range(REQUESTS):
+            texts = [draw(rng, vocabulary, deepest) for _ in range(rng.randint(1, LIST_LENGTH))]
+            found = batcher.submit(texts, time.monotonic() + SECONDS).future.result(timeout=SECONDS)
+            for text, answer in zip(texts, found, strict=True):
+                assert isinstance(answer, Answer), answer
+                pairs.append((text, answer))
+        return pairs
+
+    batcher.start()
+    with ThreadPoolExecutor(CLIENTS) as clients:
+        answered = [pair for pairs in clients.map(client, range(CLIENTS)) for pair in pairs]
+    batcher.stop(timeout=SECONDS)
+
+    assert max(texts for texts, _, _ in seen.batches) > LIST_LENGTH, "no batch held texts of two requests"
+    for text, answer in answered:
+        expected = alone(engine, text)[answer.iterations - 1]
+        np.testing.assert_allclose(answer.logits, expected, rtol=0, atol=TOLERANCE)

@@ -1,0 +1,77 @@
+"""What the README shows is what there is: the answer to its curl, its figures, its commands, its tree."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+
+from service.app import create_app
+from service.settings import Settings
+from tests.service.fakes import wait_until
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def client():
+    with TestClient(create_app(Settings(models_dir=ROOT / "models"))) as client:
+        wait_until(lambda: client.get("/readyz").status_code == 200, seconds=60)
+        yield client
+
+
+def test_curl_gets_the_answer_that_is_shown(client: TestClient) -> None:
+    (command,) = (block for block in blocks("sh") if block.startswith("curl"))
+    body = shlex.split(command)[-1]
+    (shown,) = map(json.loads, blocks("json"))
+    answer = client.post("/classify", content=body).json()
+    assert answer.keys() == shown.keys()
+    assert answer["timings_ms"].keys() == shown["timings_ms"].keys()
+    for result, expected in zip(answer["results"], shown["results"], strict=True):
+        assert result.pop("scores") == pytest.approx(expected.pop("scores"), abs=1e-3)
+        assert result.pop("score") == pytest.approx(expected.pop("score"), abs=1e-3)
+        assert result == expected
+
+
+def test_either_architecture_answers(client: TestClient) -> None:
+    for architecture in ("recurrent", "baseline"):
+        answer = client.post("/classify", json={"inputs": "a charming journey", "architecture": architecture})
+        assert answer.json()["results"][0]["architecture"] == architecture
+
+
+def test_fields_of_a_request_are_all_described(client: TestClient) -> None:
+    body = client.get("/openapi.json").json()["paths"]["/classify"]["post"]["requestBody"]
+    fields = body["content"]["application/json"]["schema"]["properties"]
+    assert set(fields) == set(re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE))
+
+
+def test_load_test_table_is_the_one_that_the_command_wrote() -> None:
+    written = (ROOT / "docs/results/loadtest.md").read_text(encoding="utf-8")
+    table = [line for line in README.splitlines() if line.startswith("|") and ("requests/s" in line or "p99" in line)]
+    assert table
+    assert all(line in written for line in table)
+
+
+def test_quality_is_the_manifests() -> None:
+    for architecture in ("recurrent", "baseline"):
+        manifest = json.loads((ROOT / f"models/sentiment-{architecture}/manifest.json").read_text())
+        for precision in ("fp32", "fp16", "int8"):
+            figures = manifest["quality"]["validation"][precision]
+            shown = " / ".join(f"{one['accuracy']:.4f}" for one in figures)
+            assert re.search(rf"^\| {architecture} .*{precision}.*\| {re.escape(shown)} \|", README, flags=re.MULTILINE)
+
+
+def test_make_targets_and_files_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"`?make ([a-z-]+)", README)):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+    (tree,) = (block for block in blocks("") if block.startswith("service/"))
+    named = re.findall(r"^(\S+/)", tree, flags=re.MULTILINE) + tree.splitlines()[-1].split()
+    assert all((ROOT / name).exists() for name in named)

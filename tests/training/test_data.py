@@ -1,0 +1,182 @@
+"""The data sets by name: from local folders, from the hub's own objects, and the composites of them."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from tests.training.easy import Records, easy_records, write_jsonl
+from training.data import DOMAINS, NEWSGROUPS, SENTIMENT_MIX, Dataset, load_dataset
+from training.errors import TrainingError
+
+
+def polarity(name: str, count: int) -> Records:
+    """Texts that say which set they are from; labels 0 and 1 take turns."""
+    return [{"text": f"{name} text {row}", "label": row % 2} for row in range(count)]
+
+
+def texts_of(dataset: Dataset) -> dict[str, list[str]]:
+    return {"train": dataset.train.texts, "validation": dataset.validation.texts}
+
+
+def refusal(name: str, data_dir: Path | None) -> str:
+    with pytest.raises(TrainingError) as refused:
+        load_dataset(name, data_dir)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_a_known_name_brings_its_task_and_labels(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "sst2" / "train.jsonl", polarity("train", 20))
+    write_jsonl(tmp_path / "sst2" / "validation.jsonl", polarity("validation", 6))
+    dataset = load_dataset("sst2", tmp_path)
+    assert (dataset.task, dataset.labels, dataset.test) == ("sentiment", ("negative", "positive"), None)
+    assert (len(dataset.train), len(dataset.validation)) == (20, 6)
+    assert dataset.validation.labels == [0, 1] * 3
+
+
+def test_ones_own_folder_is_labelled_as_its_training_file_is(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "mine" / "train.jsonl", easy_records(30))
+    write_jsonl(tmp_path / "mine" / "test.jsonl", easy_records(6))
+    dataset = load_dataset("mine", tmp_path)
+    assert (dataset.name, dataset.task, dataset.labels) == ("mine", "mine", ("bad", "good"))
+    assert dataset.test is not None
+    assert dataset.test.labels == [0, 1] * 3
+
+
+def test_a_label_of_the_validation_split_alone_is_unknown(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "mine" / "train.jsonl", easy_records(30))
+    path = write_jsonl(tmp_path / "mine" / "validation.jsonl", [*easy_records(6), {"text": "hm", "label": "so-so"}])
+    assert refusal("mine", tmp_path).startswith(f"{path}, row 7: unknown label 'so-so'; known: bad, good")
+
+
+def test_a_tenth_is_cut_off_for_validation_always_the_same(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "imdb" / "train.jsonl", polarity("imdb", 200))
+    first, second = load_dataset("imdb", tmp_path), load_dataset("imdb", tmp_path)
+    assert first == second
+    assert (len(first.train), len(first.validation)) == (180, 20)
+    assert sorted(first.train.texts + first.validation.texts) == sorted(f"imdb text {row}" for row in range(200))
+    assert set(first.validation.labels) == {0, 1}
+    for examples in (first.train, first.validation):
+        assert examples.labels == [int(text.split()[-1]) % 2 for text in examples.texts]
+
+
+@pytest.mark.parametrize("folder", ["yelp_polarity", "yelp_reviews"])
+def test_a_folder_may_have_its_other_name(folder: str, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / folder / "train.jsonl", polarity("yelp", 50))
+    assert len(load_dataset("yelp_polarity", tmp_path).train) == 45
+
+
+def test_20_newsgroups_are_their_bodies_without_the_empty_ones(tmp_path: Path) -> None:
+    records = [{"text": f"Subject: {group}\n\nbody", "label": group} for group in NEWSGROUPS for _ in range(3)]
+    for record in records:
+        record["body_start"] = str(record["text"].index("body"))
+    records[1] |= {"text": "Subject: only", "body_start": "13"}
+    write_jsonl(tmp_path / "20newsgroups" / "train.jsonl", records)
+    write_jsonl(tmp_path / "20newsgroups" / "validation.jsonl", records)
+    dataset = load_dataset("20newsgroups", tmp_path)
+    assert set(dataset.train.texts) == {"body"}
+    assert len(dataset.train) == 59
+    assert Counter(dataset.train.labels) == Counter({0: 2} | dict.fromkeys(range(1, 20), 3))
+
+
+def test_the_sentiment_mix_joins_its_four_sets(tmp_path: Path) -> None:
+    for number, name in enumerate(SENTIMENT_MIX, start=1):
+        write_jsonl(tmp_path / name / "train.jsonl", polarity(name, 10 * number))
+        write_jsonl(tmp_path / name / "validation.jsonl", polarity(name, 4))
+    write_jsonl(tmp_path / "imdb" / "test.jsonl", polarity("imdb", 6))
+    dataset = load_dataset("sentiment", tmp_path)
+    assert (dataset.task, dataset.labels) == ("sentiment", ("negative", "positive"))
+    sizes = dict(zip(SENTIMENT_MIX, (10, 20, 30, 40), strict=True))
+    assert Counter(text.split()[0] for text in dataset.train.texts) == sizes
+    assert dataset.train.labels == [int(text.split()[-1]) % 2 for text in dataset.train.texts]
+    assert len(dataset.validation) == 16
+    assert dataset.test is not None
+    assert len(dataset.test) == 6
+
+
+def test_domain_has_as_many_texts_of_each_and_its_own_labels(tmp_path: Path) -> None:
+    for name, count in zip(DOMAINS.values(), (40, 20, 30), strict=True):
+        write_jsonl(tmp_path / name / "train.jsonl", polarity(name, count))
+        write_jsonl(tmp_path / name / "validation.jsonl", polarity(name, count // 5))
+    dataset = load_dataset("domain", tmp_path)
+    assert (dataset.task, dataset.labels) == ("domain", ("movies", "local business", "online shopping"))
+    assert dataset.test is None
+    sources = [list(DOMAINS.values())[label] for label in dataset.train.labels]
+    assert [text.split()[0] for text in dataset.train.texts] == sources
+    assert Counter(dataset.train.labels) == {0: 20, 1: 20, 2: 20}
+    assert Counter(dataset.validation.labels) == {0: 4, 1: 4, 2: 4}
+    assert load_dataset("domain", tmp_path) == dataset
+
+
+def test_unknown_names_and_missing_folders_and_files_are_named(tmp_path: Path) -> None:
+    assert refusal("sst3", None).startswith("unknown data set 'sst3'; known: sst2, imdb,")
+    assert refusal("mine", tmp_path) == f"no folder {tmp_path / 'mine'} for data set 'mine'"
+    assert f"{tmp_path / 'yelp_polarity'} or {tmp_path / 'yelp_reviews'}" in refusal("yelp_polarity", tmp_path)
+    (tmp_path / "sst2").mkdir()
+    assert refusal("sst2", tmp_path).startswith(f"{tmp_path / 'sst2'}: no train.jsonl, .csv")
+
+
+@pytest.mark.parametrize(
+    ("records", "missing"),
+    [
+        (polarity("small", 4), "negative, positive"),
+        ([{"text": "fine", "label": 1}] * 20, "negative"),
+    ],
+)
+def test_too_little_to_train_on_is_refused(records: Records, missing: str, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "sst2" / "train.jsonl", records)
+    assert refusal("sst2", tmp_path) == f"data set 'sst2': too small to train on; no example of {missing}"
+
+
+def test_a_single_label_decides_nothing(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "mine" / "train.jsonl", [{"text": "fine", "label": "good"}] * 20)
+    assert refusal("mine", tmp_path).endswith("too small to train on; no example of a second label")
+
+
+def hub_answers(monkeypatch: pytest.MonkeyPatch, splits: dict[str, Records] | Exception) -> list[str]:
+    """The hub cannot be reached from a test, so its answer is made here, of the library's own objects."""
+    asked: list[str] = []
+
+    def answer(name: str) -> Any:
+        asked.append(name)
+        if isinstance(splits, Exception):
+            raise splits
+        return datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split, rows in splits.items()})
+
+    monkeypatch.setattr(datasets, "load_dataset", answer)
+    return asked
+
+
+def test_the_hub_is_asked_by_public_name_and_a_test_split_without_labels_is_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = [{"idx": row, "sentence": f"text {row}", "label": row % 2} for row in range(20)]
+    withheld = [{"idx": row, "sentence": f"text {row}", "label": -1} for row in range(5)]
+    asked = hub_answers(monkeypatch, {"train": rows, "validation": rows[:6], "test": withheld})
+    dataset = load_dataset("sst2", None)
+    assert asked == ["stanfordnlp/sst2"]
+    assert dataset.train.texts == [f"text {row}" for row in range(20)]
+    assert (dataset.validation.labels, dataset.test) == ([0, 1] * 3, None)
+
+
+def test_the_hubs_other_splits_are_used_as_they_are_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = polarity("imdb", 50)
+    hub_answers(monkeypatch, {"train": rows, "test": rows[:8], "unsupervised": [{"text": "?", "label": -1}] * 9})
+    dataset = load_dataset("imdb", None)
+    assert (len(dataset.train), len(dataset.validation)) == (45, 5)
+    assert dataset.test is not None
+    assert len(dataset.test) == 8
+
+
+def test_a_bad_row_of_the_hub_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = polarity("imdb", 50)
+    hub_answers(monkeypatch, {"train": [*rows, {"text": "", "label": 1}]})
+    assert refusal("imdb", None) == "stanfordnlp/imdb train, row 51: the text is empty"
+
+
+def test_a_hub_that_cannot_be_reached_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub_answers(monkeypatch, ConnectionError("no route\nto the hub"))
+    assert refusal("sst2", None) == ("data set stanfordnlp/sst2 cannot be loaded (no route); --data-dir reads files")

@@ -1,0 +1,300 @@
+"""The loop: it learns, stops when asked or when nothing improves, and resumed it ends as if never stopped."""
+
+import json
+import math
+import shutil
+import signal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.training.easy import metrics, tiny_config, write_easy
+from training import run as runs
+from training.config import TrainConfig
+from training.errors import TrainingError
+from training.evaluate import evaluate
+from training.loop import StopRequest, drop_tokens, learning_rate, train
+from training.tokenizer import CLASSIFY_ID, MASK_ID, PAD_ID
+
+
+def best(run: Path) -> dict[str, Tensor]:
+    weights: dict[str, Tensor] = load_file(run / "model.safetensors")
+    return weights
+
+
+def last(run: Path) -> dict[str, Any]:
+    checkpoint = runs.read_checkpoint(run)
+    assert checkpoint is not None
+    return checkpoint
+
+
+def difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert difference(best(one), best(other)) <= 1e-6
+    assert difference(last(one)["model"], last(other)["model"]) <= 1e-6
+    assert last(one)["progress"] == last(other)["progress"]
+    assert metrics(one) == metrics(other)
+
+
+@pytest.fixture
+def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Has the loop find a request to stop after so many steps, as if a signal had come then."""
+
+    def arrange(steps: int) -> None:
+        class StopLater:
+            looked = 0
+
+            @property
+            def asked(self) -> bool:
+                self.looked += 1
+                return self.looked >= steps
+
+            def __call__(self, number: int, frame: FrameType | None) -> None:
+                raise AssertionError("no signal is sent here")
+
+        monkeypatch.setattr("training.loop.StopRequest", StopLater)
+
+    return arrange
+
+
+def test_it_learns_an_easy_set(easy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.loop.LOG_STEPS", 1)
+    train(tiny_config(easy_dir, tmp_path, num_epochs=8))
+    losses = [line["loss"] for line in metrics(tmp_path) if "loss" in line]
+    assert len(losses) == 120
+    assert losses[0] == pytest.approx(math.log(2), rel=0.1), "it begins by guessing"
+    assert sum(losses[-15:]) / 15 < losses[0] / 4
+
+
+def test_every_iteration_learns(run: Path) -> None:
+    validations = [line["validation"] for line in metrics(run) if "validation" in line]
+    assert len(validations) == 8
+    assert len(validations[-1]) == 2
+    assert all(figures["accuracy"] > 0.8 for figures in validations[-1])
+
+
+def test_the_run_says_what_it_is(run: Path, easy_dir: Path) -> None:
+    info = runs.read_info(run)
+    assert (info.task, info.labels, info.architecture) == ("easy", ["bad", "good"], "recurrent")
+    assert info.options["learning_rate"] == 5e-3
+    assert {"data_dir", "output_dir"}.isdisjoint(info.options), "where files lie is nobody's business"
+    assert info.provenance["texts"] == {"train": 60, "validation": 21}
+    assert info.provenance["seed"] == 13
+    assert str(easy_dir) not in (run / "config.json").read_text()
+    assert not list(run.glob("*.partial"))
+
+
+def test_checkpoints_hold_tensors_and_numbers_only(run: Path) -> None:
+    checkpoint = torch.load(run / "last.pt", weights_only=True)  # which refuses every other pickled object
+    assert checkpoint["progress"]["finished"] is True
+    assert checkpoint["progress"]["step"] == 120
+
+
+def test_best_and_last_are_different_checkpoints_when_later_epochs_gain_nothing(easy_dir: Path, tmp_path: Path) -> None:
+    """With next to no learning rate the first epoch stays the best, and patience ends."""
+    stuck = train(tiny_config(easy_dir, tmp_path, learning_rate=1e-7, num_epochs=20, early_stopping_patience=2))
+    assert [line["epoch"] for line in metrics(stuck)] == [1, 2, 3]
+    assert last(stuck)["progress"]["epochs_without_gain"] == 2
+    assert difference(best(stuck), last(stuck)["model"]) > 0
+    one_epoch = train(tiny_config(easy_dir, tmp_path / "one", learning_rate=1e-7, num_epochs=1))
+    assert difference(best(stuck), last(one_epoch)["model"]) < 1e-6
+
+
+def test_the_best_weights_are_those_with_the_best_validation_accuracy(run: Path, easy_dir: Path) -> None:
+    best_seen = max(line["validation"][-1]["accuracy"] for line in metrics(run) if "validation" in line)
+    assert evaluate(run, easy_dir, "validation", None, None)["iterations"]["2"]["accuracy"] == pytest.approx(
+        best_seen, abs=1e-4
+    )
+
+
+@pytest.mark.parametrize("steps", [1, 23, 30])
+def test_a_resumed_training_ends_as_an_uninterrupted_one(
+    steps: int, easy_dir: Path, tmp_path: Path, stop_at: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after the first step, in the middle of the second epoch, and at its end."""
+    whole, stopped = (tiny_config(easy_dir, tmp_path / name, dropout=0.2) for name in ("whole", "stopped"))
+    train(whole)
+    stop_at(steps)
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped)
+    monkeypatch.undo()
+    assert last(stopped.output_dir)["progress"]["step"] == steps
+    train(stopped)
+    assert_same_run(whole.output_dir, stopped.output_dir)
+
+
+@pytest.mark.parametrize("write", range(1, 8))
+def test_a_crash_at_any_checkpoint_loses_nothing(
+    write: int, easy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checkpoints every five steps fall on the ends of epochs, before the validation, too."""
+    options = {"num_epochs": 2, "checkpoint_steps": 5}
+    whole, crashed = (tiny_config(easy_dir, tmp_path / name, **options) for name in ("whole", "crashed"))
+    train(whole)
+    write_checkpoint, written = runs.write_checkpoint, 0
+
+    def crash(run: Path, checkpoint: Mapping[str, Any]) -> None:
+        nonlocal written
+        written += 1
+        if written == write:
+            raise OSError("no space left")
+        write_checkpoint(run, checkpoint)
+
+    monkeypatch.setattr(runs, "write_checkpoint", crash)
+    with pytest.raises(OSError, match="no space left"):
+        train(crashed)
+    train(crashed)
+    assert_same_run(whole.output_dir, crashed.output_dir)
+
+
+def test_a_finished_run_is_left_as_it_is(run: Path, easy_dir: Path, tmp_path: Path) -> None:
+    again = shutil.copytree(run, tmp_path / "again")
+    train(tiny_config(easy_dir, again, num_epochs=8))
+    assert_same_run(run, again)
+
+
+def test_a_training_stopped_before_its_first_validation_can_be_evaluated(
+    easy_dir: Path, tmp_path: Path, stop_at: Callable[[int], None]
+) -> None:
+    stop_at(3)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_config(easy_dir, tmp_path))
+    assert difference(best(tmp_path), last(tmp_path)["model"]) == 0
+    assert evaluate(tmp_path, easy_dir, "validation", None, None)["iterations"]["2"]["texts"] == 21
+
+
+def test_a_second_signal_ends_at_once_but_not_the_echo_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([10.0, 10.4, 12.0])
+    monkeypatch.setattr("training.loop.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    request = StopRequest()
+    assert not request.asked
+    request(signal.SIGINT, None)
+    request(signal.SIGTERM, None)
+    assert request.asked
+    with pytest.raises(KeyboardInterrupt):
+        request(signal.SIGINT, None)
+
+
+def test_a_run_with_other_options_is_not_resumed(run: Path, easy_dir: Path) -> None:
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    with pytest.raises(TrainingError, match=r"holds a run with other options \(learning_rate, seed\): choose another"):
+        train(tiny_config(easy_dir, run, num_epochs=8, learning_rate=1e-3, seed=5))
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_a_broken_checkpoint_is_said_in_one_line(run: Path, easy_dir: Path, tmp_path: Path) -> None:
+    again = shutil.copytree(run, tmp_path / "again")
+    content = (again / "last.pt").read_bytes()
+    for broken in (content[: len(content) // 2], b"", b"no checkpoint"):
+        (again / "last.pt").write_bytes(broken)
+        with pytest.raises(TrainingError, match=r"last\.pt is not a readable checkpoint"):
+            train(tiny_config(easy_dir, again, num_epochs=8))
+
+
+def test_the_seed_decides_the_result(easy_dir: Path, tmp_path: Path) -> None:
+    first, again, other = (
+        train(tiny_config(easy_dir, tmp_path / name, num_epochs=1, seed=seed))
+        for name, seed in (("first", 1), ("again", 1), ("other", 2))
+    )
+    assert_same_run(first, again)
+    assert difference(last(first)["model"], last(other)["model"]) > 1e-2
+
+
+def test_accumulated_gradients_equal_those_of_the_bigger_batch(tmp_path: Path) -> None:
+    """Sixteen texts are one step as one batch and as two of eight, if nothing is dropped at random."""
+    write_easy(tmp_path, train=16)
+    still = {"dropout": 0.0, "token_dropout": 0.0, "num_epochs": 6}
+    big, small = (
+        train(tiny_config(tmp_path, tmp_path / name, batch_size=size, gradient_accumulation=batches, **still))
+        for name, size, batches in (("big", 16, 1), ("small", 8, 2))
+    )
+    assert last(big)["progress"]["step"] == last(small)["progress"]["step"] == 6
+    assert difference(last(big)["model"], last(small)["model"]) < 1e-5
+    start = train(tiny_config(tmp_path, tmp_path / "start", learning_rate=1e-12, batch_size=16, **still))
+    assert difference(last(big)["model"], last(start)["model"]) > 1e-2, "else equality would say nothing"
+
+
+def test_bf16_trains_and_keeps_its_weights_in_float32(easy_dir: Path, tmp_path: Path) -> None:
+    train(tiny_config(easy_dir, tmp_path, mixed_precision="bf16", num_epochs=8))
+    assert {tensor.dtype for tensor in best(tmp_path).values()} == {torch.float32}
+    assert max(line["validation"][-1]["accuracy"] for line in metrics(tmp_path) if "validation" in line) > 0.9
+
+
+def test_a_share_of_the_training_texts_is_drawn_by_the_seed(easy_dir: Path, tmp_path: Path) -> None:
+    part, other = (
+        train(tiny_config(easy_dir, tmp_path / name, train_share=0.5, num_epochs=1, seed=seed))
+        for name, seed in (("part", 1), ("other", 2))
+    )
+    assert runs.read_info(part).provenance["texts"] == {"train": 30, "validation": 21}
+    assert last(part)["progress"]["step"] == 8, "batches of four out of thirty texts"
+    assert (part / "tokenizer.json").read_bytes() != (other / "tokenizer.json").read_bytes()
+
+
+def test_a_training_can_start_from_another_runs_weights(run: Path, easy_dir: Path, tmp_path: Path) -> None:
+    config = tiny_config(easy_dir, tmp_path / "on", init_from=run, learning_rate=1e-12, num_epochs=1)
+    train(config)
+    assert difference(best(config.output_dir), best(run)) < 1e-6
+    assert (config.output_dir / "tokenizer.json").read_bytes() == (run / "tokenizer.json").read_bytes()
+    info = runs.read_info(config.output_dir)
+    assert info.provenance["initialised_from"] == runs.read_info(run).provenance["run_id"]
+    assert str(run) not in (config.output_dir / "config.json").read_text()
+    with pytest.raises(TrainingError, match=r"does not hold weights of this shape"):
+        train(tiny_config(easy_dir, tmp_path / "wide", init_from=run, width=64))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA, so fp16 is welcome")
+def test_fp16_without_cuda_is_refused_before_anything_is_written(easy_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"^--mixed-precision fp16 needs CUDA; on a CPU take bf16 or no$"):
+        train(tiny_config(easy_dir, tmp_path / "run", mixed_precision="fp16"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("architecture", ["recurrent", "baseline"])
+def test_the_architecture_and_its_depth_are_options(architecture: Any, easy_dir: Path, tmp_path: Path) -> None:
+    train(tiny_config(easy_dir, tmp_path, architecture=architecture, recurrent_depth=3, num_epochs=1))
+    (line,) = metrics(tmp_path)
+    assert len(line["validation"]) == (3 if architecture == "recurrent" else 1)
+    assert runs.read_model(tmp_path).config.iterations == len(line["validation"])
+
+
+def test_the_rate_warms_up_to_its_peak_and_decays_to_nothing() -> None:
+    config = TrainConfig(learning_rate=0.1, warmup_share=0.1)
+    rates = [learning_rate(step, 100, config) for step in range(101)]
+    assert rates[:10] == pytest.approx([0.01 * step for step in range(1, 11)])
+    assert max(rates) == rates[10] == 0.1
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[55] == pytest.approx(0.05)
+    assert rates[100] == pytest.approx(0)
+    assert learning_rate(0, 1, config) == 0.1, "a single step has no time to warm up"
+
+
+def test_dropped_tokens_become_masks_and_only_tokens_are_dropped() -> None:
+    ids_BL = torch.randint(4, 50, (40, 50))
+    ids_BL[:, 0], ids_BL[:, 40:] = CLASSIFY_ID, PAD_ID
+    torch.manual_seed(0)
+    dropped_BL = drop_tokens(ids_BL, 0.3)
+    changed_BL = dropped_BL != ids_BL
+    assert (dropped_BL[changed_BL] == MASK_ID).all()
+    assert not changed_BL[:, 0].any()
+    assert not changed_BL[:, 40:].any()
+    assert 0.25 < changed_BL[:, 1:40].float().mean() < 0.35
+    assert drop_tokens(ids_BL, 0.0) is ids_BL
+
+
+def test_metrics_are_json_lines_with_what_a_plot_needs(run: Path) -> None:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines]
+    assert steps == sorted(steps)
+    for line in lines:
+        expected = {"validation"} if "validation" in line else {"loss", "learning_rate", "tokens_per_second"}
+        assert line.keys() == {"step", "epoch"} | expected
