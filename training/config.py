@@ -59,13 +59,16 @@ class TrainConfig:
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """fp16 needs CUDA."""
     seed: int = 13
+    validations_per_epoch: int = 1
+    """How often the validation split is measured, and the best weights kept; patience counts epochs all the same."""
     checkpoint_steps: int = 500
     """Optimiser steps between two checkpoints."""
 
     def __post_init__(self) -> None:
         counts = (
             "recurrent_depth", "layers", "width", "heads", "feed_forward", "max_tokens", "vocabulary", "batch_size",
-            "gradient_accumulation", "num_epochs", "early_stopping_patience", "checkpoint_steps",
+            "gradient_accumulation", "num_epochs", "early_stopping_patience", "validations_per_epoch",
+            "checkpoint_steps",
         )  # fmt: skip
         for name in counts:
             if (value := getattr(self, name)) is not None and value < 1:

@@ -4,17 +4,13 @@ Whatever is random (order, dropout) follows from the seed and the step alone, so
 state to end where an uninterrupted one would have.
 """
 
-import importlib.metadata
 import json
 import math
-import random
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,12 +26,13 @@ from training import run as runs
 from training.architectures.encoder import Encoder
 from training.batches import epoch_batches, pad
 from training.config import TrainConfig
-from training.data import Dataset, load_dataset
+from training.data import Dataset
 from training.errors import TrainingError
 from training.evaluate import predict
+from training.prepare import prepare_dataset, prepare_run
 from training.run import RunInfo
 from training.scores import score
-from training.tokenizer import CLASSIFY_ID, MASK_ID, PAD_ID, encode, learn_tokenizer
+from training.tokenizer import CLASSIFY_ID, MASK_ID, PAD_ID, encode
 
 LOG_STEPS = 50
 
@@ -48,16 +45,16 @@ class Progress:
     epoch: int = 0
     step_in_epoch: int = 0
     best_accuracy: float = -1.0
-    epochs_without_gain: int = 0
+    best_epoch: int = 0
     finished: bool = False
 
 
 def train(config: TrainConfig) -> Path:
     """Trains (or resumes) until done, patience ends, or a signal asks to stop; returns the run directory."""
     accelerator = _accelerator(config)
-    dataset = _with_share(load_dataset(config.dataset, config.data_dir), config)
+    dataset = prepare_dataset(config)
     with accelerator.main_process_first():
-        info = _prepare_run(config, dataset) if accelerator.is_main_process else runs.read_info(config.output_dir)
+        info = prepare_run(config, dataset) if accelerator.is_main_process else runs.read_info(config.output_dir)
     loop = Loop(config, accelerator, dataset, info)
     with _stop_on_signal() as asked_to_stop, _attention_kernel(accelerator):
         loop.run(asked_to_stop)
@@ -86,7 +83,7 @@ class Loop:
         self.log = Log(self.run_dir / runs.METRICS, self.progress) if accelerator.is_main_process else None
 
     def run(self, asked_to_stop: "StopRequest") -> None:
-        """Steps through the epochs; validates after each."""
+        """Steps through the epochs; validates within and after each."""
         progress, total = self.progress, self.steps_per_epoch * self.config.num_epochs
         bar = tqdm(
             total=total, initial=progress.step, unit="step", disable=not self.accelerator.is_main_process, smoothing=0.1
@@ -95,6 +92,8 @@ class Loop:
             while not progress.finished:
                 for group in self._epoch(progress.epoch)[progress.step_in_epoch :]:
                     self._optimise(group, total, bar)
+                    if self._validation_is_due():
+                        self._validate(bar)
                     if self._all_stop(asked_to_stop):
                         self.save()
                         raise KeyboardInterrupt
@@ -192,25 +191,37 @@ class Loop:
                 tokens_per_second=round(tokens_per_second),
             )
 
+    def _validation_is_due(self) -> bool:
+        """Whether one falls due within the epoch; the one at its end comes anyway."""
+        between = math.ceil(self.steps_per_epoch / self.config.validations_per_epoch)
+        step = self.progress.step_in_epoch
+        return step % between == 0 and step < self.steps_per_epoch
+
     def _end_epoch(self, bar: "tqdm[Any]") -> None:
-        """Validates, keeps the best weights, and decides whether to go on."""
+        """Validates, and decides whether to go on."""
+        progress = self.progress
+        self._validate(bar)
+        progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
+        patience_ended = progress.epoch - progress.best_epoch > self.config.early_stopping_patience
+        progress.finished = patience_ended or progress.epoch == self.config.num_epochs
+
+    def _validate(self, bar: "tqdm[Any]") -> None:
+        """Measures the validation split, and keeps the weights if they are the best so far."""
         progress, validation = self.progress, self.dataset.validation
         model = self.accelerator.unwrap_model(self.model)
         logits_RNC = predict(model, self.tokenizer, validation.texts, self.config.max_tokens)
         figures = [score(validation.labels, n, self.dataset.labels) for n in logits_RNC.argmax(-1).tolist()]
         accuracy = figures[-1]["accuracy"]
         better = accuracy > progress.best_accuracy
-        if better and self.accelerator.is_main_process:
-            runs.write_weights(self.run_dir, model)
-        progress.best_accuracy = max(accuracy, progress.best_accuracy)
-        progress.epochs_without_gain = 0 if better else progress.epochs_without_gain + 1
-        progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
-        patience_ended = progress.epochs_without_gain >= self.config.early_stopping_patience
-        progress.finished = patience_ended or progress.epoch == self.config.num_epochs
+        if better:
+            progress.best_accuracy, progress.best_epoch = accuracy, progress.epoch
+            if self.accelerator.is_main_process:
+                runs.write_weights(self.run_dir, model)
         if self.log:
             per_iteration = [{name: round(f[name], 4) for name in ("accuracy", "macro_f1")} for f in figures]
             self.log.write(step=progress.step, epoch=progress.epoch, validation=per_iteration)
-            bar.write(f"epoch {progress.epoch}: validation accuracy {accuracy:.4f}{', the best' if better else ''}")
+            verdict = ", the best" if better else ""
+            bar.write(f"step {progress.step}: validation accuracy {accuracy:.4f}{verdict}")
 
     def _all_stop(self, asked_to_stop: "StopRequest") -> bool:
         """All processes stop at the same step, or the others would wait for gradients that never come."""
@@ -300,76 +311,3 @@ def _accelerator(config: TrainConfig) -> Accelerator:
         raise TrainingError("--mixed-precision fp16 needs CUDA; on a CPU take bf16 or no")
     # Said outright, because without a GPU several processes would otherwise train one model each, in one directory.
     return Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.accelerator.is_available())
-
-
-def _prepare_run(config: TrainConfig, dataset: Dataset) -> RunInfo:
-    """A new run directory, or the one that stands there if its options are the same."""
-    directory, options = config.output_dir, _options(config)
-    if (directory / runs.CONFIG).exists():
-        info = runs.read_info(directory)
-        changed = [name for name, value in options.items() if info.options.get(name) != value]
-        if changed:
-            raise TrainingError(
-                f"{directory} holds a run with other options ({', '.join(changed)}): choose another --output-dir"
-            )
-        return info
-    directory.mkdir(parents=True, exist_ok=True)
-    if config.init_from:
-        tokenizer = runs.read_tokenizer(config.init_from)
-    else:
-        tokenizer = learn_tokenizer(dataset.train.texts, config.tokenizer, config.vocabulary)
-    runs.replace(directory / runs.TOKENIZER, tokenizer.to_str().encode())
-    info = RunInfo(
-        task=dataset.task,
-        labels=list(dataset.labels),
-        architecture=config.architecture,
-        encoder=asdict(config.encoder(len(dataset.labels), tokenizer.get_vocab_size())),
-        options=options,
-        provenance=_provenance(config, options, dataset),
-    )
-    runs.write_info(directory, info)
-    return info
-
-
-def _with_share(dataset: Dataset, config: TrainConfig) -> Dataset:
-    if not 0 < config.train_share <= 1:
-        raise TrainingError(f"--train-share {config.train_share}: a share above 0 and up to 1 is needed")
-    count = len(dataset.train)
-    chosen = random.Random(config.seed).sample(range(count), max(1, round(count * config.train_share)))
-    return replace(dataset, train=dataset.train.pick(sorted(chosen)))
-
-
-def _options(config: TrainConfig) -> dict[str, Any]:
-    """The options that shape the result; where files lie does not."""
-    places = ("data_dir", "output_dir", "init_from")
-    options = {name: value for name, value in asdict(config).items() if name not in places}
-    return {**options, "initialised_from": _run_id(config.init_from)}
-
-
-def _run_id(run: Path | None) -> str | None:
-    return runs.read_info(run).provenance["run_id"] if run else None
-
-
-def _provenance(config: TrainConfig, options: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
-    now = datetime.now(UTC)
-    return {
-        "run_id": f"{dataset.name}-{config.architecture}-{now:%Y%m%dT%H%M%SZ}",
-        "started": f"{now:%Y-%m-%dT%H:%M:%SZ}",
-        "dataset": dataset.name,
-        "initialised_from": options["initialised_from"],
-        "texts": {"train": len(dataset.train), "validation": len(dataset.validation)},
-        "commit": _commit(),
-        "seed": config.seed,
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "tokenizers", "accelerate")},
-    }
-
-
-def _commit() -> str | None:
-    command = ["git", "rev-parse", "--short=12", "HEAD"]
-    try:
-        found = subprocess.run(
-            command, capture_output=True, text=True, timeout=10, check=False, cwd=Path(__file__).parent
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None
