@@ -17,7 +17,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +71,7 @@ def test_make_targets_and_files_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in set(re.findall(r"(?:^|`)make ([a-z-]+)", README, flags=re.MULTILINE)):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
-    (tree,) = (block for block in blocks("") if block.startswith("service/"))
-    named = re.findall(r"^(\S+/)", tree, flags=re.MULTILINE) + tree.splitlines()[-1].split()
+    tree = README[README.index("## Where things are") :].split("```")[1]
+    named = re.findall(r"^(\S+/)", tree, flags=re.MULTILINE) + tree.strip().splitlines()[-1].split()
+    assert len(named) > 12
     assert all((ROOT / name).exists() for name in named)
