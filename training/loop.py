@@ -122,7 +122,7 @@ class Loop:
             runs.write_weights(self.run_dir, model)
 
     def _restore(self, checkpoint: dict[str, Any], model: Encoder, optimizer: torch.optim.Optimizer) -> None:
-        processes, before = self.accelerator.num_processes, checkpoint.get("processes", 1)
+        processes, before = self.accelerator.num_processes, checkpoint["processes"]
         if processes != before:
             raise TrainingError(
                 f"{self.run_dir} was begun with {before} processes, and {processes} would take other steps: "
@@ -200,9 +200,9 @@ class Loop:
     def _end_epoch(self, bar: "tqdm[Any]") -> None:
         """Validates, and decides whether to go on."""
         progress = self.progress
-        self._validate(bar)
         progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
-        patience_ended = progress.epoch - progress.best_epoch > self.config.early_stopping_patience
+        self._validate(bar)
+        patience_ended = progress.epoch - progress.best_epoch >= self.config.early_stopping_patience
         progress.finished = patience_ended or progress.epoch == self.config.num_epochs
 
     def _validate(self, bar: "tqdm[Any]") -> None:
@@ -214,7 +214,8 @@ class Loop:
         accuracy = figures[-1]["accuracy"]
         better = accuracy > progress.best_accuracy
         if better:
-            progress.best_accuracy, progress.best_epoch = accuracy, progress.epoch
+            progress.best_accuracy = accuracy
+            progress.best_epoch = math.ceil(progress.step / self.steps_per_epoch)
             if self.accelerator.is_main_process:
                 runs.write_weights(self.run_dir, model)
         if self.log:

@@ -104,10 +104,17 @@ def test_best_and_last_are_different_checkpoints_when_later_epochs_gain_nothing(
     """With next to no learning rate the first epoch stays the best, and patience ends."""
     stuck = train(tiny_config(easy_dir, tmp_path, learning_rate=1e-7, num_epochs=20, early_stopping_patience=2))
     assert [line["epoch"] for line in metrics(stuck)] == [1, 2, 3]
-    assert last(stuck)["progress"]["best_epoch"] == 0
+    assert last(stuck)["progress"]["best_epoch"] == 1
     assert difference(best(stuck), last(stuck)["model"]) > 0
     one_epoch = train(tiny_config(easy_dir, tmp_path / "one", learning_rate=1e-7, num_epochs=1))
     assert difference(best(stuck), last(one_epoch)["model"]) < 1e-6
+
+
+def test_validation_within_an_epoch_counts_but_patience_counts_epochs(easy_dir: Path, tmp_path: Path) -> None:
+    options = {"learning_rate": 1e-7, "num_epochs": 20, "early_stopping_patience": 2, "validations_per_epoch": 3}
+    train(tiny_config(easy_dir, tmp_path, **options))
+    steps = [line["step"] for line in metrics(tmp_path) if "validation" in line]
+    assert steps == [5, 10, 15, 20, 25, 30, 35, 40, 45], "the best at step 5, in the first epoch; two more follow"
 
 
 def test_the_best_weights_are_those_with_the_best_validation_accuracy(run: Path, easy_dir: Path) -> None:
@@ -137,8 +144,8 @@ def test_a_resumed_training_ends_as_an_uninterrupted_one(
 def test_a_crash_at_any_checkpoint_loses_nothing(
     write: int, easy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Checkpoints every five steps fall on the ends of epochs, before the validation, too."""
-    options = {"num_epochs": 2, "checkpoint_steps": 5}
+    """Checkpoints every five steps fall on the validations, and on the ends of epochs before theirs."""
+    options = {"num_epochs": 2, "checkpoint_steps": 5, "validations_per_epoch": 3}
     whole, crashed = (tiny_config(easy_dir, tmp_path / name, **options) for name in ("whole", "crashed"))
     train(whole)
     write_checkpoint, written = runs.write_checkpoint, 0
@@ -179,7 +186,10 @@ def test_a_second_signal_ends_at_once_but_not_the_echo_of_the_first(monkeypatch:
     request = StopRequest()
     assert not request.asked
     request(signal.SIGINT, None)
-    request(signal.SIGTERM, None)
+    try:
+        request(signal.SIGTERM, None)
+    except KeyboardInterrupt:
+        pytest.fail("the echo should change nothing")
     assert request.asked
     with pytest.raises(KeyboardInterrupt):
         request(signal.SIGINT, None)
