@@ -157,6 +157,7 @@ def load_bundle(path: Path) -> Bundle:
         raise BundleError(f"{path / manifest.tokenizer.file}: not a tokenizer: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True  # "[MASK]" in somebody's text is those letters, not the token
     return Bundle(path, manifest, tokenizer)
 
 

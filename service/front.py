@@ -58,9 +58,9 @@ class Front:
             self._record(call)
 
     def _admits(self, headers: Headers) -> bool:
-        offered = (headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")).encode(
-            "latin-1"
-        )
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        bearer = token if scheme.lower() == "bearer" else ""
+        offered = (headers.get("x-api-key") or bearer).encode("latin-1")
         # All keys are compared before any is decided on, so the time tells nothing of which one matched.
         matches = [hmac.compare_digest(offered, key) for key in self._keys]
         return any(matches)

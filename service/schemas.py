@@ -36,7 +36,8 @@ class ClassifyRequest(BaseModel):
         json_schema_extra={"example": {"inputs": "A wonderful film.", "task": "sentiment"}},
     )
 
-    inputs: InputText | Annotated[list[InputText], Field(min_length=1)] = Field(
+    # fail_fast: a body of half a million wrong items must not cost half a million errors.
+    inputs: InputText | Annotated[list[InputText], Field(min_length=1, fail_fast=True)] = Field(
         description="One text, or a list of texts. None may be empty or only blanks."
     )
     task: str | None = Field(None, description="What to decide. Default: the service's default task.")

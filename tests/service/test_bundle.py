@@ -154,3 +154,9 @@ def test_a_half_written_bundle_is_not_found(models_dir: Path, tmp_path: Path) ->
     for name in ("whole", ".whole.partial", ".whole.old"):
         shutil.copytree(models_dir / f"{tiny.DATASET}-baseline", tmp_path / name)
     assert find_bundles(tmp_path) == [tmp_path / "whole"]
+
+
+def test_the_name_of_a_special_token_in_a_text_is_only_letters(models_dir: Path) -> None:
+    encoded = load_bundle(models_dir / f"{tiny.DATASET}-recurrent").tokenizer.encode("[CLS] a [MASK] film [PAD]")
+    assert encoded.tokens[0] == "[CLS]"
+    assert not {"[CLS]", "[MASK]", "[PAD]"} & set(encoded.tokens[1:])

@@ -114,8 +114,13 @@ def test_401_without_a_key_for_all_but_probes_and_scrapes() -> None:
             assert answer.headers["www-authenticate"] == "Bearer"
         for path in ("/healthz", "/readyz", "/metrics"):
             assert client.get(path).status_code == 200
-        wrong: list[dict[str, str]] = [{}, {"X-API-Key": "right-ke"}, {"Authorization": "Bearer "}]
-        right = [{"X-API-Key": "right-key"}, {"Authorization": "Bearer other-key"}, {"X-API-Key": "other-key"}]
+        wrong: list[dict[str, str]] = [
+            {},
+            {"X-API-Key": "right-ke"},
+            {"Authorization": "Bearer "},
+            {"Authorization": "right-key"},
+        ]
+        right = [{"X-API-Key": "right-key"}, {"Authorization": "bearer other-key"}, {"X-API-Key": "other-key"}]
         for headers, status in [*((key, 401) for key in wrong), *((key, 200) for key in right)]:
             assert client.post("/classify", json={"inputs": "a"}, headers=headers).status_code == status
         assert client.post("/classify", json={"inputs": "a"}, headers={b"X-API-Key": b"\xff"}).status_code == 401

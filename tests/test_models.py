@@ -1,0 +1,55 @@
+"""The bundles that ship with this repository keep what the README and the manifests say of them."""
+
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+from fastapi.testclient import TestClient
+
+from model_export.ops import register_schemas
+from service.app import create_app
+from service.bundle import Bundle, load_bundle
+from service.settings import Settings
+from tests.service.fakes import wait_until
+
+MODELS = Path(__file__).parent.parent / "models"
+PARAMETERS = {"recurrent": 3.4e6, "baseline": 9.8e6}
+
+
+@pytest.fixture(scope="module", params=sorted(PARAMETERS))
+def bundle(request: pytest.FixtureRequest) -> Bundle:
+    return load_bundle(MODELS / f"sentiment-{request.param}")
+
+
+def test_parameters_are_those_of_the_design(bundle: Bundle) -> None:
+    assert bundle.manifest.parameters == pytest.approx(PARAMETERS[bundle.manifest.architecture], rel=0.02)
+
+
+def test_accuracy_holds_in_every_precision(bundle: Bundle) -> None:
+    quality = bundle.manifest.quality["validation"]
+    assert set(quality) == {"fp32", "fp16", "int8"}
+    assert all(figures[-1].accuracy >= 0.80 for figures in quality.values())
+    assert all(one.accuracy_lost <= 0.005 for one in bundle.manifest.parity.against_fp32.values())
+    assert bundle.manifest.parity.fp32_against_pytorch <= 1e-4
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+@pytest.mark.parametrize("role", ["embed", "step"])
+def test_graphs_are_valid_and_run_with_nothing_registered(bundle: Bundle, precision: str, role: str) -> None:
+    path = bundle.path / precision / f"{role}.onnx"
+    register_schemas()
+    onnx.checker.check_model(str(path), full_check=True)
+    onnxruntime.InferenceSession(path)
+    content = path.read_bytes()
+    assert not any(trace in content for trace in (b".py", b"/home", b"/root", b"site-packages"))
+    nodes = {(node.domain, node.op_type) for node in onnx.load(path).graph.node}
+    if role == "step":
+        assert {("refrain", "RMSNorm"), ("refrain", "RoPE")} <= nodes
+
+
+def test_a_text_of_which_no_token_is_left_is_empty() -> None:
+    with TestClient(create_app(Settings(models_dir=MODELS))) as client:
+        wait_until(lambda: client.get("/readyz").status_code == 200, seconds=60)
+        answer = client.post("/classify", json={"inputs": ["a film", "\u200b"]})
+    assert (answer.status_code, answer.json()["code"], answer.json()["index"]) == (422, "input_empty", 1)
