@@ -22,6 +22,7 @@ from model_export.parity import (
     fp32_difference,
     precision_difference,
     run_engine,
+    run_portable,
 )
 from model_export.quantize import measure_ranges, quantize_embedding, quantize_step
 from service.bundle import (
@@ -143,7 +144,7 @@ def _write(source: _Source, options: ExportOptions, directory: Path) -> Manifest
     if options.portable:
         portable = {name: _write_portable(source, graphs, directory / name) for name, graphs in stored.items()}
         for name in portable:
-            found_NC = _run_portable(directory / name / "portable.onnx", source.validation_ids)
+            found_NC = run_portable(directory / name / "portable.onnx", source.validation_ids)
             difference_of(f"the portable {name} graph", found_NC)
     shutil.copy(options.run / runs.TOKENIZER, directory / runs.TOKENIZER)
     return _manifest(
@@ -196,18 +197,6 @@ def _write_portable(source: _Source, graphs: Graphs, directory: Path) -> ModelPr
     unrolled = unroll(graphs, source.iterations)
     (directory / "portable.onnx").write_bytes(unrolled.SerializeToString(deterministic=True))
     return unrolled
-
-
-def _run_portable(path: Path, ids: Sequence[Sequence[int]]) -> FloatArray:
-    """The logits (N, C) in plain ONNX Runtime, as those will run it who serve it elsewhere."""
-    session = onnxruntime.InferenceSession(path)
-    batches = sorted_batches([len(row) for row in ids], 32)
-    parts = []
-    for batch in batches:
-        ids_BL, mask_BL = pad([ids[index] for index in batch])
-        mask = np.ones(ids_BL.shape, dtype=bool) if mask_BL is None else mask_BL.numpy()
-        parts.append(session.run(["logits"], {"ids": ids_BL.numpy(), "mask": mask})[0])
-    return np.concatenate(parts)[np.argsort([index for batch in batches for index in batch])]
 
 
 def _quality(source: _Source, logits_RNC: FloatArray) -> list[Quality]:

@@ -1,10 +1,12 @@
 """The proof that a bundle answers as the model does, through the engine that will serve it."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
@@ -32,8 +34,27 @@ class Tolerances:
 
 def run_engine(engine: Engine, ids: Sequence[Sequence[int]], iterations: int) -> FloatArray:
     """The logits of every iteration for every text, (R, N, C), in the texts' order."""
+    return _in_batches(lambda batch: _run_batch(engine, batch, iterations), ids)
+
+
+def run_portable(path: Path, ids: Sequence[Sequence[int]]) -> FloatArray:
+    """The logits (N, C) in plain ONNX Runtime, as those will run the graph who serve it elsewhere."""
+    session = onnxruntime.InferenceSession(path)
+
+    def run(batch: Sequence[Sequence[int]]) -> FloatArray:
+        ids_BL, mask_BL = pad(batch)
+        mask = np.ones(ids_BL.shape, dtype=bool) if mask_BL is None else mask_BL.numpy()
+        (logits_BC,) = session.run(["logits"], {"ids": ids_BL.numpy(), "mask": mask})
+        return np.asarray(logits_BC)[None]
+
+    logits_NC: FloatArray = _in_batches(run, ids)[0]
+    return logits_NC
+
+
+def _in_batches(run: Callable[[Sequence[Sequence[int]]], FloatArray], ids: Sequence[Sequence[int]]) -> FloatArray:
+    """What `run` makes of batches of like length, (R, B, C) each, joined in the texts' order."""
     batches = sorted_batches([len(row) for row in ids], BATCH_SIZE)
-    parts = [_run_batch(engine, [ids[index] for index in batch], iterations) for batch in batches]
+    parts = [run([ids[index] for index in batch]) for batch in batches]
     order_N = np.argsort([index for batch in batches for index in batch])
     return np.concatenate(parts, axis=1)[:, order_N]
 
