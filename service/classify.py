@@ -48,19 +48,29 @@ class Encoded:
 async def classify(request: Request) -> Response:
     """Answer POST /classify; raises RefrainError for every way that it can go wrong."""
     runtime: Runtime = request.app.state.runtime
-    call: Call = request.state.call
     with runtime.admitted():
-        asked = await _read(request, runtime.settings, call)
-        model = runtime.choose(asked.task, asked.architecture, call.id)
-        call.architecture, call.task = model.metric_labels
-        deadline = call.started + min(asked.deadline_ms or math.inf, runtime.settings.deadline_ms) / 1000
-        try:
-            async with asyncio.timeout(deadline - time.monotonic()):
-                answer = await _answer(asked, model, deadline, request)
-        except TimeoutError:
-            raise DeadlineExceeded from None
-    runtime.metrics.answered(model.metric_labels, call.timings_ms)
+        asked = await _read(request, runtime.settings, request.state.call)
+        answer = await decide(asked, request)
     return Response(answer.model_dump_json(), media_type="application/json")
+
+
+async def decide(asked: ClassifyRequest, request: Request) -> ClassifyAnswer:
+    """Choose a model and let it answer before the deadline; whatever the protocol, a request comes through here.
+
+    The caller holds `runtime.admitted()`, and has read the body to its end. Raises RefrainError.
+    """
+    runtime: Runtime = request.app.state.runtime
+    call: Call = request.state.call
+    model = runtime.choose(asked.task, asked.architecture, call.id)
+    call.architecture, call.task = model.metric_labels
+    deadline = call.started + min(asked.deadline_ms or math.inf, runtime.settings.deadline_ms) / 1000
+    try:
+        async with asyncio.timeout(deadline - time.monotonic()):
+            answer = await _answer(asked, model, deadline, request)
+    except TimeoutError:
+        raise DeadlineExceeded from None
+    runtime.metrics.answered(model.metric_labels, call.timings_ms)
+    return answer
 
 
 async def _read(request: Request, settings: Settings, call: Call) -> ClassifyRequest:
