@@ -1,16 +1,13 @@
-"""Depth-wise continuous batching: which waiting texts run next, and the thread that runs them.
+"""Depth-wise continuous batching: one model's waiting texts, and what a turn of the engine makes of them.
 
-There is no timer. While the engine runs, texts gather; when it is free, the oldest text goes, with those that fit it.
 Texts at different iterations share one call of `step`, finished ones leave at once, new ones join.
 """
 
 from __future__ import annotations
 
-import threading
+import math
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal, Protocol
@@ -19,41 +16,36 @@ import numpy as np
 import structlog
 
 from service.engine import FloatArray
+from service.engine_thread import EngineThread
 from service.errors import DeadlineExceeded, Draining, EngineDown, InferenceFailed, QueueFull, RefrainError
+from service.jobs import CALL_TOKENS, MEMORY, Answer, Exit, Job, Pace, Pool, Result, Text, Waiting
+from service.scheduling import choose_batch, cut_short
 
 LOOKAHEAD = 256
-"""How many of the oldest texts may be considered for a batch."""
-CALL_TOKENS = 16
-"""What a call of the engine costs besides its tokens, in tokens: padding below that is cheaper than a second call."""
-PACE_SMOOTHING = 0.2
-WAIT_SECONDS = 1.0
+"""How many of the oldest texts are considered for a turn."""
+
+BACKGROUND_PART = 4
+"""A batch in the background is that many times smaller."""
 
 
 @dataclass(frozen=True)
-class Text:
-    """What is asked of one text; without a threshold it takes all its iterations."""
+class Limits:
+    """What a batcher may take on: `batch_tokens` in one batch, padding counted; the others wait at most."""
 
-    ids: list[int]
-    max_iterations: int
-    exit_threshold: float | None
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One text's result. `queue_seconds` ends when its first iteration begins; the rest is `inference_seconds`."""
-
-    logits: FloatArray
-    iterations: int
-    queue_seconds: float
-    inference_seconds: float
+    batch_tokens: int
+    queue_texts: int
+    queue_tokens: int
+    brown_out_seconds: float = math.inf
+    """Texts that may be cut are, once the queue takes this long."""
 
 
 class Observer(Protocol):
-    """Is told what happens, on the engine's thread or, of texts that their client dropped, on the client's."""
+    """Is told what happens; of texts that come or that their client drops, on the client's thread."""
 
     def batch(self, texts: int, real_tokens: int, padding_tokens: int) -> None: ...
-    def exit(self, reason: Literal["depth", "confidence"], iterations: int) -> None: ...
+    def exit(self, reason: Exit, iterations: int) -> None: ...
     def dropped(self, reason: Literal["deadline", "client"], texts: int) -> None: ...
+    def queued(self, texts: int) -> None: ...
 
 
 class RunsBatches(Protocol):
@@ -63,218 +55,123 @@ class RunsBatches(Protocol):
     def step(self, hidden: Sequence[FloatArray]) -> tuple[list[FloatArray], FloatArray]: ...
 
 
-@dataclass(frozen=True)
-class _Stepped:
-    """What one iteration made of a text."""
-
-    hidden: FloatArray
-    logits: FloatArray
-    confidence: float
-
-
-@dataclass(eq=False)
-class _Waiting:
-    """A text in the pool, between its arrival and its answer."""
-
-    number: int
-    text: Text
-    job: Job
-    place: int
-    arrived: float
-    deadline: float
-    started: float | None = None
-    iterations: int = 0
-    hidden: FloatArray | None = None
-
-    @property
-    def length(self) -> int:
-        return len(self.text.ids)
-
-
-def choose_batch(lengths: Sequence[int], max_tokens: int, call_tokens: int) -> list[int]:
-    """Which of the waiting texts run next: places in `lengths`, which is in order of arrival.
-
-    The oldest always runs, so a text waits at most for as many turns as those before it have iterations left. The
-    others join it nearest in length first, while the padded batch stays within `max_tokens` and the padding that a text
-    brings costs no more than the call of its own that it saves.
-    """
-    leader = lengths[0]
-    chosen, shortest_allowed, longest = [0], leader - call_tokens, leader
-    for place in sorted(range(1, len(lengths)), key=lambda place: abs(lengths[place] - leader)):
-        length = lengths[place]
-        grown = max(longest, length)
-        if (len(chosen) + 1) * grown > max_tokens:
-            continue
-        brought = longest - length if length <= longest else len(chosen) * (length - longest)
-        if brought > call_tokens or length < shortest_allowed:
-            continue
-        chosen.append(place)
-        longest = grown
-    return chosen
-
-
-def confidence(logits_BC: FloatArray) -> FloatArray:
-    """The largest softmax probability of each row; not a number where a logit is none."""
-    with np.errstate(invalid="ignore"):
-        shifted_BC = logits_BC - logits_BC.max(axis=1, keepdims=True)
-        largest_B: FloatArray = 1.0 / np.exp(shifted_BC).sum(axis=1)
-    return largest_B
-
-
-class Job:
-    """The texts of one request. `future` holds their answers in order, an error in the place of a text that failed."""
-
-    def __init__(self, size: int, drop: Callable[[Job], None]) -> None:
-        self.future: Future[list[Answer | RefrainError]] = Future()
-        self._results: list[Answer | RefrainError | None] = [None] * size
-        self._missing = size
-        self._drop = drop
-
-    def abandon(self) -> None:
-        """Nobody waits any more: what is not yet done is dropped. May be called at any time, more than once."""
-        self._drop(self)
-
-    def resolve(self, place: int, result: Answer | RefrainError) -> None:
-        """Puts one text's result in its place; the last one completes the job. For one thread at a time."""
-        self._results[place] = result
-        self._missing -= 1
-        if self._missing == 0:
-            with suppress(InvalidStateError):  # cancelled by whoever waited
-                self.future.set_result([result for result in self._results if result is not None])
-
-
 class Batcher:
-    """A pool of texts and the one thread that runs an engine over it."""
+    """The waiting texts of one model. Its thread is shared with other models."""
 
-    def __init__(
-        self,
-        engine: RunsBatches,
-        *,
-        max_batch_tokens: int,
-        max_queue: int,
-        stuck_seconds: float,
-        observer: Observer,
-    ) -> None:
-        self._engine, self._observer = engine, observer
-        self._max_batch_tokens, self._max_queue, self._stuck_seconds = max_batch_tokens, max_queue, stuck_seconds
-        self._pool: dict[int, _Waiting] = {}  # in order of arrival
+    def __init__(self, engine: RunsBatches, thread: EngineThread, *, limits: Limits, observer: Observer) -> None:
+        self._engine, self._thread, self._limits, self._observer = engine, thread, limits, observer
+        self._changed = thread.changed  # guards the pools and the flags below
+        self._foreground, self._background = Pool(), Pool()
         self._arrivals = 0
-        self._changed = threading.Condition()  # guards the pool and the flags below
-        self._stopping = False
-        self._dead = False
-        self._turn_began: float | None = None
-        self._texts_per_second = 0.0
-        self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
+        self._stopping = self._dead = False
+        self._pace = Pace()
+        self._iteration_seconds = 0.0  # from one iteration of a text to its next, lately
 
     @property
     def queue_depth(self) -> int:
         """Texts waiting or between iterations."""
-        return len(self._pool)
+        return len(self._foreground.texts)
+
+    @property
+    def backlog_seconds(self) -> float:
+        """How long the engine needs for what waits, at its measured pace."""
+        return self._pace.of_work(self._foreground.work)
 
     def start(self) -> None:
         """Begins to run what is submitted."""
-        self._thread.start()
+        self._thread.add(self)
 
     def stop(self, timeout: float) -> None:
         """Takes nothing new, answers what waits for up to `timeout` seconds, then refuses the rest."""
         with self._changed:
             self._stopping = True
-            self._changed.notify()
-        if self._thread.ident is not None:
-            self._thread.join(timeout)
-        self._refuse_all(Draining)
+            if self._thread.runs(self):
+                self._changed.wait_for(lambda: not self._foreground.texts or self._dead, timeout)
+            self._refuse(Draining)
+        self._thread.remove(self)
 
-    def healthy(self) -> bool:
-        """False once the thread has died, or has been in one turn for longer than `stuck_seconds`."""
-        began = self._turn_began
-        stuck = began is not None and time.monotonic() - began > self._stuck_seconds
-        return self._thread.is_alive() and not self._dead and not stuck
+    def check_room(self, texts: int, tokens: int = 0) -> None:
+        """QueueFull where that many do not fit now, with the seconds after which they should."""
+        excess_texts = len(self._foreground.texts) + texts - self._limits.queue_texts
+        excess_tokens = self._foreground.tokens + tokens - self._limits.queue_tokens
+        if excess_texts > 0 or excess_tokens > 0:
+            raise QueueFull(max(self._pace.of_texts(excess_texts), self._pace.of_work(excess_tokens)))
 
-    def check_room(self, texts: int) -> None:
-        """QueueFull where that many texts do not fit now, with the seconds after which they should."""
-        excess = len(self._pool) + texts - self._max_queue
-        if excess > 0:
-            raise QueueFull(excess / self._texts_per_second if self._texts_per_second > 0 else 1.0)
-
-    def submit(self, texts: Sequence[Text], deadline: float) -> Job:
+    def submit(self, texts: Sequence[Text], deadline: float, *, background: bool = False) -> Job:
         """Queues all the texts or none; `deadline` is on the clock of `time.monotonic`.
 
-        Raises QueueFull, EngineDown, Draining.
+        Background texts are run only when none waits in the foreground, of any model on the thread, and are taken only
+        while there are few. Raises QueueFull, EngineDown, Draining.
         """
         now = time.monotonic()
-        job = Job(len(texts), self._drop)
+        job = Job(self._drop)
+        pool = self._background if background else self._foreground
         with self._changed:
             if self._dead:
                 raise EngineDown
             if self._stopping:
                 raise Draining
-            self.check_room(len(texts))
-            for place, text in enumerate(texts):
-                self._pool[self._arrivals] = _Waiting(self._arrivals, text, job, place, now, deadline)
+            if not background:
+                self.check_room(len(texts), sum(len(text.ids) for text in texts))
+            elif len(pool.texts) + len(texts) > LOOKAHEAD:
+                raise QueueFull(self.backlog_seconds)
+            for text in texts:
+                waiting = Waiting(self._arrivals, text, self, pool, job, now, deadline)
+                job.texts.append(waiting)
+                pool.add(waiting)
                 self._arrivals += 1
-            self._changed.notify()
+            self._observer.queued(self.queue_depth)
+            self._changed.notify_all()
         return job
+
+    def candidates(self, *, background: bool) -> Sequence[Waiting]:
+        """The oldest texts that wait."""
+        pool = self._background if background else self._foreground
+        return list(islice(pool.texts.values(), LOOKAHEAD))
+
+    def run(self, leader: Waiting, candidates: Sequence[Waiting]) -> None:
+        """Takes one iteration of the leader and of those that fit it; answers those who are done."""
+        began = time.monotonic()
+        lengths = [waiting.length for waiting in candidates]
+        in_background = leader.pool is self._background  # whose turns are short: somebody may come meanwhile
+        tokens = self._limits.batch_tokens // (BACKGROUND_PART if in_background else 1)
+        places = choose_batch(lengths, candidates.index(leader), tokens, CALL_TOKENS)
+        batch = self._without_late([candidates[place] for place in places], began)
+        if not batch:
+            return
+        outcomes = self._advance(batch)
+        lengths = [waiting.length for waiting in batch]
+        self._observer.batch(len(batch), sum(lengths), len(batch) * max(lengths) - sum(lengths))
+        ended = time.monotonic()
+        self._note_progress(batch, began, ended)
+        done = self._judge_all(batch, outcomes, ended)
+        self._pace.saw(ended - began, sum(waiting.turn for waiting in batch), len(done))
+        self._finish(done)
+
+    def give_up(self) -> None:
+        """Refuses everything from now on: the thread has died."""
+        self._dead = True
+        self._refuse(EngineDown)
+        self._changed.notify_all()
 
     def _drop(self, job: Job) -> None:
         with self._changed:
-            dropped = [waiting for waiting in self._pool.values() if waiting.job is job]
-            for waiting in dropped:
-                del self._pool[waiting.number]
+            dropped = [waiting for waiting in job.texts if waiting.pool.remove(waiting)]
+            job.texts = []
+            self._observer.queued(self.queue_depth)
+            self._changed.notify_all()
         job.future.cancel()
         if dropped:
             late = time.monotonic() >= dropped[0].deadline
             self._observer.dropped("deadline" if late else "client", len(dropped))
 
-    def _run(self) -> None:
-        try:
-            while batch := self._next_batch():
-                self._take_turn(batch)
-        except BaseException:
-            structlog.get_logger().exception("the batcher's thread died")
-            self._dead = True
-            self._refuse_all(EngineDown)
-            raise
-
-    def _next_batch(self) -> list[_Waiting]:
-        """Waits for texts; those that it returns stay in the pool. Empty: it is time to end."""
-        with self._changed:
-            self._turn_began = None
-            while not self._pool and not self._stopping:
-                self._changed.wait(WAIT_SECONDS)
-            if not self._pool:
-                return []
-            self._turn_began = time.monotonic()
-            oldest = list(islice(self._pool.values(), LOOKAHEAD))
-        places = choose_batch([waiting.length for waiting in oldest], self._max_batch_tokens, CALL_TOKENS)
-        return [oldest[place] for place in places]
-
-    def _take_turn(self, batch: list[_Waiting]) -> None:
-        began = time.monotonic()
-        batch = self._without_late(batch, began)
-        if not batch:
-            return
-        for waiting in batch:
-            waiting.started = waiting.started or began
-        outcomes = self._advance(batch)
-        lengths = [waiting.length for waiting in batch]
-        self._observer.batch(len(batch), sum(lengths), len(batch) * max(lengths) - sum(lengths))
-        ended = time.monotonic()
-        finished = [
-            (waiting, result)
-            for waiting, outcome in zip(batch, outcomes, strict=True)
-            if (result := self._judge(waiting, outcome, ended)) is not None
-        ]
-        self._finish(finished)
-        pace = len(finished) / (ended - began) if ended > began else self._texts_per_second
-        self._texts_per_second += PACE_SMOOTHING * (pace - self._texts_per_second)
-
-    def _without_late(self, batch: list[_Waiting], now: float) -> list[_Waiting]:
+    def _without_late(self, batch: list[Waiting], now: float) -> list[Waiting]:
         """Those whose deadline has not passed; the others get their error instead of a place in the batch."""
         self._finish([(waiting, DeadlineExceeded()) for waiting in batch if now >= waiting.deadline])
         return [waiting for waiting in batch if now < waiting.deadline]
 
-    def _advance(self, batch: list[_Waiting]) -> list[_Stepped | InferenceFailed]:
-        """One iteration of each. When the engine fails, each text runs alone, so that a bad one fails alone."""
+    def _advance(self, batch: list[Waiting]) -> list[FloatArray | InferenceFailed]:
+        """One iteration of each: logits. When the engine fails each text runs alone, so that a bad one fails alone."""
         try:
             return self._step(batch)
         except Exception as error:  # noqa: BLE001  # the batch boundary: one text must not take the others along
@@ -283,50 +180,89 @@ class Batcher:
             structlog.get_logger().error("inference failed", error=repr(error), tokens=batch[0].length)
             return [InferenceFailed()]
 
-    def _step(self, batch: list[_Waiting]) -> list[_Stepped | InferenceFailed]:
+    def _step(self, batch: list[Waiting]) -> list[FloatArray | InferenceFailed]:
         fresh = [waiting for waiting in batch if waiting.hidden is None]
         if fresh:
             for waiting, hidden in zip(fresh, self._engine.embed([w.text.ids for w in fresh]), strict=True):
                 waiting.hidden = hidden
         states, logits_BC = self._engine.step([waiting.hidden for waiting in batch if waiting.hidden is not None])
-        confidence_B = confidence(logits_BC)
-        return [
-            _Stepped(states[row], logits_C, float(confidence_B[row]))
-            if np.isfinite(logits_C).all()
-            else InferenceFailed()
-            for row, logits_C in enumerate(logits_BC)
-        ]
+        for waiting, state in zip(batch, states, strict=True):
+            waiting.hidden = state
+        return [logits_C if np.isfinite(logits_C).all() else InferenceFailed() for logits_C in logits_BC]
 
-    def _judge(
-        self, waiting: _Waiting, outcome: _Stepped | InferenceFailed, now: float
-    ) -> Answer | RefrainError | None:
-        """The text's result, or None when it goes on to another iteration."""
-        if isinstance(outcome, InferenceFailed):
-            return outcome
-        text, started = waiting.text, waiting.started or now
-        waiting.hidden, waiting.iterations = outcome.hidden, waiting.iterations + 1
-        deep_enough = waiting.iterations >= text.max_iterations
-        confident = text.exit_threshold is not None and outcome.confidence >= text.exit_threshold
-        if not deep_enough and not confident:
+    def _note_progress(self, batch: Sequence[Waiting], began: float, ended: float) -> None:
+        with self._changed:
+            for waiting in batch:
+                if waiting.started is None:
+                    waiting.started = waiting.stepped = began
+                self._iteration_seconds += (1 - MEMORY) * (ended - waiting.stepped - self._iteration_seconds)
+                waiting.stepped = ended
+                waiting.pool.iterated(waiting)
+
+    def _judge_all(
+        self, batch: Sequence[Waiting], outcomes: Sequence[FloatArray | InferenceFailed], now: float
+    ) -> list[tuple[Waiting, Result]]:
+        """The results of those who are done; the others go on to another iteration."""
+        good = [outcome for outcome in outcomes if not isinstance(outcome, InferenceFailed)]
+        confidences = iter(confidence(np.array(good)).tolist() if good else [])
+        done: list[tuple[Waiting, Result]] = []
+        for waiting, outcome in zip(batch, outcomes, strict=True):
+            if isinstance(outcome, InferenceFailed):
+                done.append((waiting, outcome))
+            elif reason := self._why_done(waiting, next(confidences), now):
+                done.append((waiting, _answer(waiting, outcome, reason, now)))
+        return done
+
+    def _why_done(self, waiting: Waiting, confident: float, now: float) -> Exit | None:
+        text = waiting.text
+        if waiting.iterations >= text.max_iterations:
+            return "depth"
+        if text.exit_threshold is not None and text.exit_threshold < 1 and confident >= text.exit_threshold:
+            return "confidence"
+        if not text.may_be_cut:
             return None
-        return Answer(outcome.logits, waiting.iterations, started - waiting.arrived, now - started)
+        return cut_short(
+            backlog=self.backlog_seconds,
+            brown_out=self._limits.brown_out_seconds,
+            time_left=waiting.deadline - now,
+            next_iteration=self._iteration_seconds,
+        )
 
-    def _finish(self, results: Sequence[tuple[_Waiting, Answer | RefrainError]]) -> None:
+    def _finish(self, results: Sequence[tuple[Waiting, Result]]) -> None:
         """Takes texts out of the pool and answers them; one that is gone already was abandoned or refused."""
+        if not results:
+            return
+        completed = []
         with self._changed:
             for waiting, result in results:
-                if self._pool.pop(waiting.number, None) is not None:
-                    self._tell(waiting, result)
-                    waiting.job.resolve(waiting.place, result)
+                waiting.result = result
+                if waiting.pool.remove(waiting):
+                    self._tell(result)
+                    if waiting.job.answered():
+                        completed.append(waiting.job)
+            self._observer.queued(self.queue_depth)
+            self._changed.notify_all()
+        for job in completed:
+            job.complete()
 
-    def _tell(self, waiting: _Waiting, result: Answer | RefrainError) -> None:
+    def _tell(self, result: Result) -> None:
         if isinstance(result, Answer):
-            reason: Literal["depth", "confidence"]
-            reason = "depth" if result.iterations >= waiting.text.max_iterations else "confidence"
-            self._observer.exit(reason, result.iterations)
+            self._observer.exit(result.exit, result.iterations)
         elif isinstance(result, DeadlineExceeded):
             self._observer.dropped("deadline", 1)
 
-    def _refuse_all(self, error: Callable[[], RefrainError]) -> None:
-        with self._changed:
-            self._finish([(waiting, error()) for waiting in self._pool.values()])
+    def _refuse(self, error: Callable[[], RefrainError]) -> None:
+        waiting = [*self._foreground.texts.values(), *self._background.texts.values()]
+        self._finish([(text, error()) for text in waiting])
+
+
+def confidence(logits_BC: FloatArray) -> FloatArray:
+    """The largest softmax probability of each row."""
+    shifted_BC = logits_BC - logits_BC.max(axis=1, keepdims=True)
+    largest_B: FloatArray = 1.0 / np.exp(shifted_BC).sum(axis=1)
+    return largest_B
+
+
+def _answer(waiting: Waiting, logits_C: FloatArray, reason: Exit, now: float) -> Answer:
+    started = waiting.started or now
+    return Answer(logits_C, waiting.iterations, reason, started - waiting.arrived, now - started)

@@ -15,7 +15,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive
 
-from service.batcher import Answer, Job, Text
 from service.body import client_left, read_body
 from service.errors import (
     ClientGone,
@@ -26,6 +25,7 @@ from service.errors import (
     RefrainError,
     TooManyInputs,
 )
+from service.jobs import Answer, Job, Text
 from service.loading import Model
 from service.logs import Call
 from service.runtime import Runtime
@@ -106,7 +106,7 @@ async def _answer(asked: ClassifyRequest, model: Model, deadline: float, request
 def _texts(asked: ClassifyRequest, model: Model, encoded: Sequence[Encoded]) -> list[Text]:
     iterations = asked.max_iterations or model.manifest.iterations
     depth = 1 if model.manifest.iterations == 1 else iterations  # a baseline has no second pass to offer
-    return [Text(text.ids, depth, asked.exit_threshold) for text in encoded]
+    return [Text(text.ids, depth, asked.exit_threshold, asked.allow_fewer_iterations) for text in encoded]
 
 
 async def tokenize(model: Model, asked: ClassifyRequest) -> list[Encoded]:
@@ -175,6 +175,7 @@ def _result(asked: ClassifyRequest, model: Model, text: Encoded, answer: Answer)
         iterations=answer.iterations,
         tokens=len(text.ids),
         truncated=text.truncated,
+        degraded=answer.degraded,
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Literal
+from collections.abc import Mapping
+from typing import Literal, get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -16,6 +16,8 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+
+from service.jobs import Exit
 
 SECONDS = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 TEXTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -97,13 +99,11 @@ class Metrics:
         provider: str,
         size: int,
         parameters: int,
-        queue_depth: Callable[[], int],
     ) -> None:
-        """Show a loaded model; `model` is (architecture, task), `size` in bytes, `queue_depth` read at each scrape."""
+        """Show a loaded model; `model` is (architecture, task), `size` in bytes."""
         self.model_memory.labels(*model).set(size)
         self.model_parameters.labels(*model).set(parameters)
         self.model_info.labels(version, precision, provider, *model).set(1)
-        self.queue_depth.labels(*model).set_function(queue_depth)
 
     def answered(self, model: tuple[str, str], timings_ms: Mapping[str, float]) -> None:
         """Take one answered request's times: `total`, and each stage by its name."""
@@ -122,7 +122,8 @@ class ModelObserver:
         self._real = metrics.batch_tokens.labels("real", *model)
         self._padding = metrics.batch_tokens.labels("padding", *model)
         self._iterations = metrics.iterations.labels(*model)
-        self._exits = {reason: metrics.exits.labels(reason, *model) for reason in ("depth", "confidence")}
+        self._exits = {reason: metrics.exits.labels(reason, *model) for reason in get_args(Exit)}
+        self._queue_depth = metrics.queue_depth.labels(*model)
         self._dropped = {reason: metrics.dropped.labels(reason, *model) for reason in ("deadline", "client")}
 
     def batch(self, texts: int, real_tokens: int, padding_tokens: int) -> None:
@@ -131,7 +132,11 @@ class ModelObserver:
         self._real.inc(real_tokens)
         self._padding.inc(padding_tokens)
 
-    def exit(self, reason: Literal["depth", "confidence"], iterations: int) -> None:
+    def queued(self, texts: int) -> None:
+        """Show how many texts wait."""
+        self._queue_depth.set(texts)
+
+    def exit(self, reason: Exit, iterations: int) -> None:
         """Count one answered text."""
         self._exits[reason].inc()
         self._iterations.observe(iterations)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from service.bundle import Bundle
+from service.engine_thread import EngineThread
 from service.errors import (
     Draining,
     EngineDown,
@@ -43,6 +44,7 @@ class Runtime:
             self.architectures.setdefault(bundle.manifest.task, []).append(bundle.manifest.architecture)
         only = next(iter(self.architectures)) if len(self.architectures) == 1 else None
         self.default_task = settings.default_task if settings.default_task in self.architectures else only
+        self.engine_thread = EngineThread(stuck_seconds=settings.stuck_seconds)
         self._policy = build_policy(settings.routing, self.architectures)
         self._in_flight = 0
         self._idle_since = 0.0
@@ -51,6 +53,7 @@ class Runtime:
 
     def start(self) -> None:
         """Begin to load."""
+        self.engine_thread.start()
         self._loader.start()
 
     def _load(self, bundles: Sequence[Bundle], make: MakeEngine) -> None:
@@ -59,7 +62,7 @@ class Runtime:
             for bundle in bundles:
                 if self._draining_since is not None:
                     return
-                model = load_model(bundle, self.settings, self.metrics, make)
+                model = load_model(bundle, self.settings, self.metrics, self.engine_thread, make)
                 models[model.manifest.task, model.manifest.architecture] = model
         except StartError as error:
             self.failure = error
@@ -72,7 +75,7 @@ class Runtime:
 
     def check_alive(self) -> None:
         """Raise EngineDown when an engine is dead or stuck, or could not be loaded."""
-        if self.failure is not None or not all(model.batcher.healthy() for model in self.models.values()):
+        if self.failure is not None or not self.engine_thread.alive():
             raise EngineDown
 
     def check_open(self) -> None:
@@ -111,10 +114,9 @@ class Runtime:
         name = architecture if architecture is not None else self._policy(task, key)
         if name not in self.architectures[task]:
             raise UnknownArchitecture("There is no such architecture.", available=sorted(self.architectures[task]))
-        model = self.models[task, name]
-        if not model.batcher.healthy():
+        if not self.engine_thread.alive():
             raise EngineDown
-        return model
+        return self.models[task, name]
 
     def drain(self) -> None:
         """Refuse new requests from now on; the first call counts."""
@@ -135,3 +137,4 @@ class Runtime:
         self._loader.join(timeout=5.0)
         for model in self.models.values():
             model.batcher.stop(timeout=1.0)
+        self.engine_thread.end(timeout=1.0)

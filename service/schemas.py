@@ -49,6 +49,10 @@ class ClassifyRequest(BaseModel):
     exit_threshold: float | None = Field(
         None, gt=0, le=1, description="A text is answered as soon as its best probability reaches this. Default: never."
     )
+    allow_fewer_iterations: bool = Field(
+        False,
+        description="Rather be answered with fewer iterations than wait long or miss the deadline; `degraded` tells.",
+    )
     top_k: Count | None = Field(None, description="How many of the best labels `scores` names. Default: all.")
     raw_scores: bool = Field(False, description="Answer with logits in place of probabilities.")
     truncate: bool = Field(True, description="Cut a text that is too long; false: refuse it.")
@@ -73,6 +77,7 @@ class Result(BaseModel):
     iterations: int = Field(description="Passes taken.")
     tokens: int = Field(description="Tokens run, the first one, the class token, included.")
     truncated: bool = Field(description="Whether the text was cut to fit the model.")
+    degraded: bool = Field(description="Whether load or the deadline cost it iterations, as the request allowed.")
 
 
 class Timings(BaseModel):

@@ -68,8 +68,18 @@ class Settings(BaseSettings):
         default="fixed:recurrent",
         description="Who answers a request that names no architecture: fixed:NAME or split:NAME=WEIGHT,NAME=WEIGHT.",
     )
-    max_batch_tokens: int = Field(default=2048, ge=1, description="Most tokens in one batch, padding counted.")
-    max_queue: int = Field(default=1024, ge=1, description="Most texts waiting for one engine; more get 429.")
+    max_batch_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most tokens in one batch, padding counted. Default: 512 on a CPU, 8192 on CUDA.",
+    )
+    max_queue: int = Field(default=1024, ge=1, description="Most texts waiting for one model; more get 429.")
+    max_queue_tokens: int = Field(default=131_072, ge=1, description="Most tokens waiting for one model; more get 429.")
+    brown_out_ms: int = Field(
+        default=200,
+        ge=0,
+        description="Work queued, in milliseconds, from which on requests that allow it get fewer iterations.",
+    )
     max_inputs: int = Field(default=256, ge=1, description="Most texts in one request; more get 413.")
     max_body_bytes: int = Field(
         default=1_048_576, ge=1024, description="Longest request body in bytes; longer gets 413."

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from service.batcher import Answer, Batcher, Text
+from service.batcher import Batcher, Limits
 from service.bundle import load_bundle
 from service.engine import Engine, Precision, open_engine
+from service.engine_thread import EngineThread
+from service.jobs import Answer, Text
 from tests import tiny
 from tests.service.test_batcher import Recorder
 
@@ -42,7 +44,8 @@ def test_load_changes_no_answer(models_dir: Path, architecture: str, deepest: in
     bundle = load_bundle(models_dir / f"{tiny.DATASET}-{architecture}")
     engine = open_engine(bundle, provider="cpu", precision=precision, threads=2)
     vocabulary, seen = bundle.tokenizer.get_vocab_size(), Recorder()
-    batcher = Batcher(engine, max_batch_tokens=512, max_queue=10_000, stuck_seconds=SECONDS, observer=seen)
+    thread = EngineThread(stuck_seconds=SECONDS)
+    batcher = Batcher(engine, thread, limits=Limits(512, 10_000, 1_000_000), observer=seen)
 
     def client(number: int) -> list[tuple[Text, Answer]]:
         rng, pairs = random.Random(number), []
@@ -54,10 +57,12 @@ def test_load_changes_no_answer(models_dir: Path, architecture: str, deepest: in
                 pairs.append((text, answer))
         return pairs
 
+    thread.start()
     batcher.start()
     with ThreadPoolExecutor(CLIENTS) as clients:
         answered = [pair for pairs in clients.map(client, range(CLIENTS)) for pair in pairs]
     batcher.stop(timeout=SECONDS)
+    thread.end(timeout=SECONDS)
 
     assert max(texts for texts, _, _ in seen.batches) > LIST_LENGTH, "no batch held texts of two requests"
     for text, answer in answered:

@@ -1,4 +1,4 @@
-"""The batcher: which texts run next, and that each gets exactly one answer, its own, whatever goes wrong."""
+"""The batcher: each text gets exactly one answer, its own, whatever goes wrong around it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.batcher import CALL_TOKENS, Answer, Batcher, Job, Text, choose_batch, confidence
+from service.batcher import Batcher, Limits, confidence
+from service.engine_thread import EngineThread
 from service.errors import (
     DeadlineExceeded,
     Draining,
@@ -24,70 +25,10 @@ from service.errors import (
     QueueFull,
     RefrainError,
 )
+from service.jobs import Answer, Exit, Job, Text
 from tests.service.fakes import FakeEngine, FloatArray, wait_until
 
-LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=60)
-BUDGETS = st.integers(1, 2048)
 SECONDS = 10.0
-
-
-@given(LENGTHS, BUDGETS)
-def test_the_oldest_always_runs_and_nobody_twice(lengths: list[int], budget: int) -> None:
-    chosen = choose_batch(lengths, budget, CALL_TOKENS)
-    assert chosen[0] == 0
-    assert len(set(chosen)) == len(chosen)
-    assert set(chosen) <= set(range(len(lengths)))
-
-
-@given(LENGTHS, BUDGETS)
-def test_a_padded_batch_stays_within_the_budget_unless_one_text_alone_does_not(lengths: list[int], budget: int) -> None:
-    chosen = choose_batch(lengths, budget, CALL_TOKENS)
-    assert len(chosen) == 1 or len(chosen) * max(lengths[place] for place in chosen) <= budget
-
-
-@given(LENGTHS, BUDGETS, st.integers(0, 40))
-def test_the_padding_is_never_dearer_than_the_calls_that_it_saves(
-    lengths: list[int], budget: int, call_tokens: int
-) -> None:
-    batch = [lengths[place] for place in choose_batch(lengths, budget, call_tokens)]
-    assert len(batch) * max(batch) - sum(batch) <= call_tokens * (len(batch) - 1)
-
-
-@given(st.integers(1, 50), st.integers(1, 60))
-def test_texts_of_one_length_all_go_as_far_as_the_budget_allows(length: int, count: int) -> None:
-    assert choose_batch([length] * count, 400, CALL_TOKENS) == list(range(max(1, min(count, 400 // length))))
-
-
-@pytest.mark.parametrize(
-    ("lengths", "max_tokens", "chosen"),
-    [
-        ([10], 5, [0]),  # too long for the budget: alone
-        ([10, 10, 10], 20, [0, 1]),
-        ([10, 26], 1000, [0, 1]),  # 16 tokens of padding are what a call costs
-        ([10, 27], 1000, [0]),
-        ([27, 10], 1000, [0]),
-        ([26, 10], 1000, [0, 1]),
-        ([20, 50, 21, 19], 1000, [0, 2, 3]),
-        ([20, 30, 10, 20], 60, [0, 3, 2]),  # the nearest in length first
-    ],
-)
-def test_the_edges_of_choosing(lengths: list[int], max_tokens: int, chosen: list[int]) -> None:
-    assert choose_batch(lengths, max_tokens, 16) == chosen
-
-
-@given(st.lists(st.tuples(st.integers(1, 300), st.integers(1, 4)), min_size=1, max_size=40), st.integers(1, 600))
-def test_a_text_waits_at_most_for_the_iterations_of_those_before_it(texts: list[tuple[int, int]], budget: int) -> None:
-    pool = {number: [length, iterations] for number, (length, iterations) in enumerate(texts)}
-    turn = 0
-    while pool:
-        turn += 1
-        waiting = list(pool)
-        for place in choose_batch([pool[number][0] for number in waiting], budget, CALL_TOKENS):
-            number = waiting[place]
-            pool[number][1] -= 1
-            if pool[number][1] == 0:
-                del pool[number]
-                assert turn <= sum(iterations for _, iterations in texts[: number + 1])
 
 
 @given(st.lists(st.lists(st.floats(-50, 50, width=32), min_size=3, max_size=3), min_size=1, max_size=5))
@@ -103,16 +44,20 @@ class Recorder:
 
     batches: list[tuple[int, int, int]] = field(default_factory=list)
     exits: list[tuple[str, int]] = field(default_factory=list)
+    depth: int = 0
     drops: Counter[str] = field(default_factory=Counter)
 
     def batch(self, texts: int, real_tokens: int, padding_tokens: int) -> None:
         self.batches.append((texts, real_tokens, padding_tokens))
 
-    def exit(self, reason: Literal["depth", "confidence"], iterations: int) -> None:
+    def exit(self, reason: Exit, iterations: int) -> None:
         self.exits.append((reason, iterations))
 
     def dropped(self, reason: Literal["deadline", "client"], texts: int) -> None:
         self.drops[reason] += texts
+
+    def queued(self, texts: int) -> None:
+        self.depth = texts
 
 
 @dataclass
@@ -120,6 +65,7 @@ class Setup:
     """A batcher at work, and all that it touches."""
 
     batcher: Batcher
+    thread: EngineThread
     engine: FakeEngine
     seen: Recorder
 
@@ -140,22 +86,29 @@ class Setup:
 
 @contextmanager
 def running(
-    engine: FakeEngine | None = None, *, max_batch_tokens: int = 2048, max_queue: int = 100, stuck_seconds: float = 60.0
+    engine: FakeEngine | None = None,
+    *,
+    stuck_seconds: float = 60.0,
+    batch_tokens: int = 2048,
+    queue_texts: int = 100,
+    queue_tokens: int = 100_000,
+    brown_out_seconds: float = SECONDS,
 ) -> Iterator[Setup]:
-    engine, seen = engine or FakeEngine(), Recorder()
-    batcher = Batcher(
-        engine, max_batch_tokens=max_batch_tokens, max_queue=max_queue, stuck_seconds=stuck_seconds, observer=seen
-    )
+    engine, seen, thread = engine or FakeEngine(), Recorder(), EngineThread(stuck_seconds=stuck_seconds)
+    limits = Limits(batch_tokens, queue_texts, queue_tokens, brown_out_seconds)
+    batcher = Batcher(engine, thread, limits=limits, observer=seen)
+    thread.start()
     batcher.start()
     try:
-        yield Setup(batcher, engine, seen)
+        yield Setup(batcher, thread, engine, seen)
     finally:
         engine.gate.set()
         batcher.stop(timeout=SECONDS)
+        thread.end(timeout=SECONDS)
 
 
-def text(*ids: int, iterations: int = 1, threshold: float | None = None) -> Text:
-    return Text(list(ids), iterations, threshold)
+def text(*ids: int, iterations: int = 1, threshold: float | None = None, may_be_cut: bool = False) -> Text:
+    return Text(list(ids), iterations, threshold, may_be_cut)
 
 
 def results(job: Job) -> list[Answer | RefrainError]:
@@ -186,7 +139,7 @@ def expected_logits(ids: Sequence[int], iterations: int) -> FloatArray:
     )
 )
 def test_every_text_gets_its_own_answer_in_its_place(jobs: list[list[tuple[list[int], int]]]) -> None:
-    with running(max_batch_tokens=100, max_queue=10_000) as setup:
+    with running(batch_tokens=100, queue_texts=10_000) as setup:
         submitted = [setup.submit(*(text(*ids, iterations=deep) for ids, deep in job)) for job in jobs]
         for job, asked in zip(submitted, jobs, strict=True):
             for answer, (ids, deep) in zip(answers(job), asked, strict=True):
@@ -236,7 +189,7 @@ def test_a_confident_text_leaves_early() -> None:
 
 
 def test_a_list_is_taken_whole_or_not_at_all() -> None:
-    with running(max_queue=4) as setup:
+    with running(queue_texts=4) as setup:
         setup.hold()
         setup.submit(text(1), text(2))
         with pytest.raises(QueueFull):
@@ -261,7 +214,7 @@ def test_retry_after_grows_with_the_excess_and_shrinks_with_the_pace() -> None:
     def hints(pause: float) -> tuple[float, float]:
         engine = Slow()
         engine.pause = pause
-        with running(engine, max_queue=2) as setup:
+        with running(engine, queue_texts=2) as setup:
             for _ in range(8):
                 answers(setup.submit(text(1)))
             found = []
@@ -352,7 +305,7 @@ def test_a_poisoned_text_fails_alone() -> None:
         assert isinstance(after, Answer)
         np.testing.assert_array_equal(after.logits, expected_logits([2], 1))
         np.testing.assert_array_equal(answers(other)[0].logits, expected_logits([3, 3], 2))
-        assert setup.batcher.healthy()
+        assert setup.thread.alive()
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
@@ -370,14 +323,14 @@ def test_logits_that_are_no_numbers_are_a_failure_of_their_text_alone(wrong: flo
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # dying is what is tested
 def test_when_the_thread_dies_everybody_hears_it_and_health_turns_red() -> None:
     with running() as setup:
-        assert setup.batcher.healthy()
+        assert setup.thread.alive()
         running_job = setup.hold()
         waiting = setup.submit(text(2), text(3))
         setup.engine.die = True
         setup.release()
         for job in (running_job, waiting):
             assert {type(result) for result in results(job)} == {EngineDown}
-        assert not setup.batcher.healthy()
+        assert not setup.thread.alive()
         assert setup.batcher.queue_depth == 0
         with pytest.raises(EngineDown):
             setup.submit(text(4))
@@ -386,16 +339,16 @@ def test_when_the_thread_dies_everybody_hears_it_and_health_turns_red() -> None:
 def test_a_turn_that_takes_too_long_turns_health_red_until_it_ends() -> None:
     with running(stuck_seconds=0.1) as setup:
         time.sleep(0.15)
-        assert setup.batcher.healthy()  # an idle engine is not a stuck one
+        assert setup.thread.alive()  # an idle engine is not a stuck one
         job = setup.hold()
-        wait_until(lambda: not setup.batcher.healthy())
+        wait_until(lambda: not setup.thread.alive())
         setup.release()
         answers(job)
-        wait_until(setup.batcher.healthy)
+        wait_until(setup.thread.alive)
 
 
 def test_stopping_answers_what_waits_and_takes_nothing_new() -> None:
-    with running(max_batch_tokens=1) as setup:
+    with running(batch_tokens=1) as setup:
         jobs = [setup.hold(), *(setup.submit(text(number, iterations=2)) for number in range(5))]
         stopping = threading.Thread(target=setup.batcher.stop, args=(SECONDS,))
         stopping.start()
@@ -417,7 +370,7 @@ def refuses(setup: Setup) -> bool:
 
 
 def test_stopping_has_an_end_and_each_text_still_one_answer() -> None:
-    with running(max_batch_tokens=1) as setup:
+    with running(batch_tokens=1) as setup:
         setup.engine.gate.clear()
         job = setup.submit(text(1), text(2), text(3))
         assert setup.engine.entered.wait(SECONDS)
@@ -426,9 +379,118 @@ def test_stopping_has_an_end_and_each_text_still_one_answer() -> None:
         setup.release()
 
 
-def test_a_batcher_that_was_never_started_stops_and_is_not_healthy() -> None:
-    batcher = Batcher(FakeEngine(), max_batch_tokens=1, max_queue=1, stuck_seconds=1.0, observer=Recorder())
+def test_a_batcher_that_was_never_started_stops() -> None:
+    thread = EngineThread(stuck_seconds=1.0)
+    batcher = Batcher(FakeEngine(), thread, limits=Limits(1, 1, 1), observer=Recorder())
     job = batcher.submit([text(1)], time.monotonic() + SECONDS)
-    assert not batcher.healthy()
+    assert not thread.alive()
     batcher.stop(timeout=1.0)
+    thread.end(timeout=1.0)
     assert [type(result) for result in results(job)] == [Draining]
+
+
+def test_the_queue_is_bounded_in_tokens_too() -> None:
+    with running(queue_tokens=10) as setup:
+        setup.hold()
+        setup.submit(text(*range(6)))
+        with pytest.raises(QueueFull):
+            setup.submit(text(*range(4)))
+        last = setup.submit(text(*range(3)))
+        setup.release()
+        answers(last)
+        answers(setup.submit(text(*range(10))))
+
+
+def test_the_observer_always_knows_the_depth() -> None:
+    with running() as setup:
+        setup.hold()
+        job = setup.submit(text(1), text(2))
+        assert setup.seen.depth == 3
+        job.abandon()
+        assert setup.seen.depth == 1
+        setup.release()
+        wait_until(lambda: setup.seen.depth == 0)
+
+
+def test_a_long_queue_cuts_those_who_allow_it_and_nobody_else() -> None:
+    with running(brown_out_seconds=0.0) as setup:
+        willing, not_willing = setup.submit(text(1, iterations=3, may_be_cut=True)), setup.submit(text(2, iterations=3))
+        (cut,), (whole,) = answers(willing), answers(not_willing)
+    assert (cut.iterations, cut.exit, cut.degraded) == (1, "overload", True)
+    assert (whole.iterations, whole.exit, whole.degraded) == (3, "depth", False)
+    np.testing.assert_array_equal(cut.logits, expected_logits([1], 1))
+
+
+def test_a_short_queue_cuts_nobody() -> None:
+    with running() as setup:
+        (answer,) = answers(setup.submit(text(1, iterations=3, may_be_cut=True)))
+    assert (answer.iterations, answer.degraded) == (3, False)
+
+
+def test_who_allows_it_is_answered_before_its_deadline_with_what_there_is() -> None:
+    class Slow(FakeEngine):
+        def step(self, hidden: Sequence[FloatArray]) -> tuple[list[FloatArray], FloatArray]:
+            time.sleep(0.05)
+            return super().step(hidden)
+
+    with running(Slow(), brown_out_seconds=1000.0) as setup:
+        for _ in range(30):  # the time of an iteration is learnt
+            answers(setup.submit(text(1)))
+        started = time.monotonic()
+        (answer,) = answers(setup.submit(text(1, iterations=1000, may_be_cut=True), seconds=2.0))
+        assert time.monotonic() < started + 2.0
+    assert answer.exit == "deadline"
+    assert answer.degraded
+    assert 1 <= answer.iterations < 1000
+
+
+def test_background_texts_run_when_no_other_waits_in_any_model() -> None:
+    with running() as setup, other_model(setup) as other:
+        order: list[str] = []
+        first = setup.hold()
+        deadline = time.monotonic() + SECONDS
+        jobs = {
+            "background": setup.batcher.submit([text(2)], deadline, background=True),
+            "other model": other.submit([text(3, 3, iterations=3)], deadline),
+            "same model": setup.submit(text(4, iterations=2)),
+        }
+        for name, job in jobs.items():
+            job.future.add_done_callback(lambda _, name=name: order.append(name))  # type: ignore[misc]
+        assert setup.batcher.queue_depth == 2  # the background counts for nobody
+        setup.release()
+        for job in (first, *jobs.values()):
+            answers(job)
+        wait_until(lambda: len(order) == 3)
+        assert order[-1] == "background"
+
+
+def test_background_texts_are_few() -> None:
+    with running(queue_texts=1) as setup:
+        setup.hold()
+        deadline = time.monotonic() + SECONDS
+        kept = setup.batcher.submit([text(1)] * 200, deadline, background=True)
+        with pytest.raises(QueueFull):
+            setup.batcher.submit([text(1)] * 200, deadline, background=True)
+        with pytest.raises(QueueFull):  # one is held in the engine: the background neither takes nor makes room
+            setup.submit(text(2))
+        kept.abandon()
+
+
+@contextmanager
+def other_model(setup: Setup) -> Iterator[Batcher]:
+    batcher = Batcher(FakeEngine(), setup.thread, limits=Limits(2048, 100, 10_000), observer=Recorder())
+    batcher.start()
+    try:
+        yield batcher
+    finally:
+        batcher.stop(timeout=SECONDS)
+
+
+def test_a_model_can_go_while_others_stay() -> None:
+    with running() as setup:
+        with other_model(setup) as other:
+            last = other.submit([text(5, iterations=2)], time.monotonic() + SECONDS)
+        assert answers(last)[0].iterations == 2
+        with pytest.raises(Draining):
+            other.submit([text(5)], time.monotonic() + SECONDS)
+        answers(setup.submit(text(1)))

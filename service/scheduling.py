@@ -1,0 +1,50 @@
+"""Who runs next and who has had enough: plain decisions over numbers, without a thread and without a clock."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+
+def most_urgent(waited: Sequence[float], work: Sequence[float]) -> int:
+    """The text with the highest ratio of time waited to work asked; of equal ones the first.
+
+    That is "highest response ratio next" (Brinch Hansen, 1971): a short text overtakes a long one, but whoever waits
+    grows more urgent. With w the ratio of the most to the least work, who comes in the last 1/w of a text's wait cannot
+    overtake it: once that part is as long as a full queue takes, the text has run. So it waits at most w full queues.
+    """
+    return max(range(len(waited)), key=lambda place: waited[place] / work[place])
+
+
+def choose_batch(lengths: Sequence[int], leader: int, max_tokens: int, call_tokens: int) -> list[int]:
+    """Which waiting texts run together with the leader: places in `lengths`, the leader's first.
+
+    The others join nearest in length first, while the padded batch stays within `max_tokens` and the padding that a
+    text brings costs no more than the call of its own that it saves, `call_tokens`.
+    """
+    leading = lengths[leader]
+    chosen, longest = [leader], leading
+    for place in sorted(range(len(lengths)), key=lambda place: abs(lengths[place] - leading)):
+        length = lengths[place]
+        grown = max(longest, length)
+        if place == leader or (len(chosen) + 1) * grown > max_tokens:
+            continue
+        brought = longest - length if length <= longest else len(chosen) * (length - longest)
+        if brought > call_tokens or leading - length > call_tokens:
+            continue
+        chosen.append(place)
+        longest = grown
+    return chosen
+
+
+def cut_short(
+    *, backlog: float, brown_out: float, time_left: float, next_iteration: float
+) -> Literal["overload", "deadline"] | None:
+    """Why a text that allows fewer iterations is answered with those it has; None where it goes on. All in seconds.
+
+    `backlog` is how long the queue takes, `brown_out` from how much on that is too long, `next_iteration` how long
+    another iteration has lately taken, waiting included; twice that must be left, since the last one may be slower.
+    """
+    if backlog >= brown_out:
+        return "overload"
+    return "deadline" if time_left < 2 * next_iteration else None

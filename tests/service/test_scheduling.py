@@ -1,0 +1,132 @@
+"""Who runs next: nobody starves, nobody runs twice, padding stays cheaper than what it saves."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.scheduling import choose_batch, cut_short, most_urgent
+
+CALL_TOKENS = 6
+LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=60)
+BUDGETS = st.integers(1, 2048)
+
+
+@given(LENGTHS, BUDGETS, st.data())
+def test_the_leader_always_runs_and_nobody_twice(lengths: list[int], budget: int, data: st.DataObject) -> None:
+    leader = data.draw(st.integers(0, len(lengths) - 1))
+    chosen = choose_batch(lengths, leader, budget, CALL_TOKENS)
+    assert chosen[0] == leader
+    assert len(set(chosen)) == len(chosen)
+    assert set(chosen) <= set(range(len(lengths)))
+
+
+@given(LENGTHS, BUDGETS)
+def test_a_padded_batch_stays_within_the_budget_unless_one_text_alone_does_not(lengths: list[int], budget: int) -> None:
+    chosen = choose_batch(lengths, 0, budget, CALL_TOKENS)
+    assert len(chosen) == 1 or len(chosen) * max(lengths[place] for place in chosen) <= budget
+
+
+@given(LENGTHS, BUDGETS, st.integers(0, 40))
+def test_the_padding_is_never_dearer_than_the_calls_that_it_saves(
+    lengths: list[int], budget: int, call_tokens: int
+) -> None:
+    batch = [lengths[place] for place in choose_batch(lengths, 0, budget, call_tokens)]
+    assert len(batch) * max(batch) - sum(batch) <= call_tokens * (len(batch) - 1)
+
+
+@given(st.integers(1, 50), st.integers(1, 60))
+def test_texts_of_one_length_all_go_as_far_as_the_budget_allows(length: int, count: int) -> None:
+    assert choose_batch([length] * count, 0, 400, CALL_TOKENS) == list(range(max(1, min(count, 400 // length))))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "leader", "max_tokens", "chosen"),
+    [
+        ([10], 0, 5, [0]),  # too long for the budget: alone
+        ([10, 10, 10], 0, 20, [0, 1]),
+        ([10, 26], 0, 1000, [0, 1]),  # 16 tokens of padding are what a call costs
+        ([10, 27], 0, 1000, [0]),
+        ([27, 10], 0, 1000, [0]),
+        ([26, 10], 0, 1000, [0, 1]),
+        ([26, 10], 1, 1000, [1, 0]),
+        ([20, 50, 21, 19], 0, 1000, [0, 2, 3]),
+        ([20, 50, 21, 19], 1, 1000, [1]),
+        ([20, 30, 10, 20], 0, 60, [0, 3, 2]),  # the nearest in length first
+    ],
+)
+def test_the_edges_of_choosing(lengths: list[int], leader: int, max_tokens: int, chosen: list[int]) -> None:
+    assert choose_batch(lengths, leader, max_tokens, 16) == chosen
+
+
+@pytest.mark.parametrize(
+    ("waited", "work", "chosen"),
+    [
+        ([1.0], [5], 0),
+        ([1.0, 1.0], [5, 5], 0),  # of equals the first
+        ([1.0, 0.5], [10, 1], 1),  # the short one goes first
+        ([10.0, 0.5], [10, 1], 0),  # until the long one has waited enough
+        ([0.0, 0.0], [10, 1], 0),
+    ],
+)
+def test_the_edges_of_urgency(waited: list[float], work: list[int], chosen: int) -> None:
+    assert most_urgent(waited, work) == chosen
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 20), max_size=4), min_size=1, max_size=60),
+    st.integers(2, 6),
+    st.lists(st.integers(1, 20), min_size=1, max_size=5),
+)
+def test_however_many_short_texts_come_a_text_waits_at_most_that_long(
+    arrivals: list[list[int]], room: int, others: list[int]
+) -> None:
+    """One text at a time, each taking as long as it is; whoever finds the queue full is sent away."""
+    most = 20
+    ratio = most  # of the most work, 20, to the least, 1
+    bound = ratio * room * most + most
+    clock, pool = 0.0, [(0.0, most), *((0.0, work) for work in others)][:room]
+    turn = 0
+    while pool:
+        place = most_urgent([clock - arrived for arrived, _ in pool], [work for _, work in pool])
+        arrived, work = pool.pop(place)
+        clock += work
+        assert clock - arrived <= bound
+        newcomers = arrivals[turn % len(arrivals)] if turn < 2000 else []  # again and again, as long as anybody waits
+        pool += [(clock, work) for work in newcomers][: room - len(pool)]
+        turn += 1
+
+
+def test_a_long_text_is_not_starved_by_short_ones() -> None:
+    """The queue is always full of the shortest texts: the long one still runs, and not at the bound only."""
+    clock, pool = 0.0, [(0.0, 1)] * 4 + [(0.0, 20)]
+    while True:
+        place = most_urgent([clock - arrived for arrived, _ in pool], [work for _, work in pool])
+        _, work = pool.pop(place)
+        if work == 20:
+            break
+        clock += work
+        pool.append((clock, 1))
+        assert clock < 20 * 5 * 20
+    assert clock > 4  # those that came with it went first, and more
+
+
+@pytest.mark.parametrize(
+    ("backlog", "brown_out", "time_left", "next_iteration", "expected"),
+    [
+        (0.0, 1.0, 10.0, 0.1, None),
+        (0.99, 1.0, 10.0, 0.1, None),
+        (1.0, 1.0, 10.0, 0.1, "overload"),
+        (0.0, math.inf, 0.2, 0.1, None),
+        (0.0, math.inf, 0.19, 0.1, "deadline"),
+        (0.0, math.inf, 0.0, 0.0, None),  # nothing measured yet: it may try
+    ],
+)
+def test_the_edges_of_cutting_short(
+    backlog: float, brown_out: float, time_left: float, next_iteration: float, expected: str | None
+) -> None:
+    found = cut_short(backlog=backlog, brown_out=brown_out, time_left=time_left, next_iteration=next_iteration)
+    assert found == expected
