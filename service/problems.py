@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 
+import structlog
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -53,6 +55,17 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
     response = problem_response(ours, request.state.call)
     response.headers.update(error.headers or {})
     return response
+
+
+async def answer(endpoint: Callable[[Request], Awaitable[Response]], request: Request) -> Response:
+    """Answer with what an endpoint returns or raises; for endpoints that the application's handlers do not surround."""
+    try:
+        return await endpoint(request)
+    except RefrainError as error:
+        return problem_response(error, request.state.call)
+    except Exception as error:  # noqa: BLE001  # a bug must answer one request with 500, and not end its connection
+        structlog.get_logger().exception("a request met a bug", id=request.state.call.id)
+        return await on_bug(request, error)
 
 
 async def on_bug(request: Request, error: Exception) -> Response:
