@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+ALIKE = 100
+"""So many tokens of work are counted for every text, so that among short ones it is nearly the order of arrival."""
+
 
 def most_urgent(waited: Sequence[float], work: Sequence[float]) -> int:
-    """The text with the highest ratio of time waited to work asked; of equal ones the first.
+    """The text with the highest ratio of time waited to work asked, in tokens and ALIKE more; of equal ones the first.
 
     That is "highest response ratio next" (Brinch Hansen, 1971): a short text overtakes a long one, but whoever waits
     grows more urgent. With w the ratio of the most to the least work, who comes in the last 1/w of a text's wait cannot
     overtake it: once that part is as long as a full queue takes, the text has run. So it waits at most w full queues.
     """
-    return max(range(len(waited)), key=lambda place: waited[place] / work[place])
+    return max(range(len(waited)), key=lambda place: waited[place] / (work[place] + ALIKE))
 
 
 def choose_batch(lengths: Sequence[int], leader: int, max_tokens: int, call_tokens: int) -> list[int]:

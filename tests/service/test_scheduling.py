@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.scheduling import choose_batch, cut_short, most_urgent
+from service.scheduling import ALIKE, choose_batch, cut_short, most_urgent
 
 CALL_TOKENS = 6
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=60)
@@ -67,8 +67,8 @@ def test_the_edges_of_choosing(lengths: list[int], leader: int, max_tokens: int,
     [
         ([1.0], [5], 0),
         ([1.0, 1.0], [5, 5], 0),  # of equals the first
-        ([1.0, 0.5], [10, 1], 1),  # the short one goes first
-        ([10.0, 0.5], [10, 1], 0),  # until the long one has waited enough
+        ([1.0, 0.6], [ALIKE, 0], 1),  # the short one goes first
+        ([1.2, 0.6], [ALIKE, 0], 0),  # until the long one has waited enough
         ([0.0, 0.0], [10, 1], 0),
     ],
 )
@@ -77,16 +77,16 @@ def test_the_edges_of_urgency(waited: list[float], work: list[int], chosen: int)
 
 
 @given(
-    st.lists(st.lists(st.integers(1, 20), max_size=4), min_size=1, max_size=60),
+    st.lists(st.lists(st.integers(1, 20 * ALIKE), max_size=4), min_size=1, max_size=60),
     st.integers(2, 6),
-    st.lists(st.integers(1, 20), min_size=1, max_size=5),
+    st.lists(st.integers(1, 20 * ALIKE), min_size=1, max_size=5),
 )
 def test_however_many_short_texts_come_a_text_waits_at_most_that_long(
     arrivals: list[list[int]], room: int, others: list[int]
 ) -> None:
     """One text at a time, each taking as long as it is; whoever finds the queue full is sent away."""
-    most = 20
-    ratio = most  # of the most work, 20, to the least, 1
+    most = 20 * ALIKE
+    ratio = (most + ALIKE) / (1 + ALIKE)
     bound = ratio * room * most + most
     clock, pool = 0.0, [(0.0, most), *((0.0, work) for work in others)][:room]
     turn = 0
@@ -102,15 +102,16 @@ def test_however_many_short_texts_come_a_text_waits_at_most_that_long(
 
 def test_a_long_text_is_not_starved_by_short_ones() -> None:
     """The queue is always full of the shortest texts: the long one still runs, and not at the bound only."""
-    clock, pool = 0.0, [(0.0, 1)] * 4 + [(0.0, 20)]
+    long = 20 * ALIKE
+    clock, pool = 0.0, [(0.0, 1)] * 4 + [(0.0, long)]
     while True:
         place = most_urgent([clock - arrived for arrived, _ in pool], [work for _, work in pool])
         _, work = pool.pop(place)
-        if work == 20:
+        if work == long:
             break
         clock += work
         pool.append((clock, 1))
-        assert clock < 20 * 5 * 20
+        assert clock < 21 * 4 * long
     assert clock > 4  # those that came with it went first, and more
 
 
