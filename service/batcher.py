@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import structlog
@@ -49,10 +49,10 @@ class Observer(Protocol):
 
 
 class RunsBatches(Protocol):
-    """What the batcher needs of an engine."""
+    """What the batcher needs of an engine; of what form a hidden state is, the engine alone knows."""
 
-    def embed(self, ids: Sequence[Sequence[int]]) -> list[FloatArray]: ...
-    def step(self, hidden: Sequence[FloatArray]) -> tuple[list[FloatArray], FloatArray]: ...
+    def embed(self, ids: Sequence[Sequence[int]]) -> list[Any]: ...
+    def step(self, hidden: Sequence[Any]) -> tuple[list[Any], FloatArray]: ...
 
 
 class Batcher:

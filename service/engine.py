@@ -38,27 +38,37 @@ class Engine:
         """Opens an `embed` and a `step` graph; BundleError where ONNX Runtime refuses one."""
         self.provider, self.precision = provider, precision
         self.model_bytes = sum(path.stat().st_size for path in graphs.values())
-        self._embed = _open_session(graphs["embed"], provider, threads)
-        self._step = _open_session(graphs["step"], provider, threads)
+        self.embed_session = _open_session(graphs["embed"], provider, threads)
+        self.step_session = _open_session(graphs["step"], provider, threads)
 
     def embed(self, ids: Sequence[Sequence[int]]) -> list[FloatArray]:
         """The first hidden state (length, width) of each text; none may be empty."""
-        lengths = [len(row) for row in ids]
-        ids_BL = np.zeros((len(ids), max(lengths)), dtype=np.int64)
-        for row, text in enumerate(ids):
-            ids_BL[row, : lengths[row]] = text
-        (hidden_BLD,) = self._embed.run(["hidden"], {"ids": ids_BL})
-        return [hidden_BLD[row, :length] for row, length in enumerate(lengths)]
+        (hidden_BLD,) = self.embed_session.run(["hidden"], {"ids": pad_ids(ids)})
+        return [hidden_BLD[row, : len(text)] for row, text in enumerate(ids)]
 
     def step(self, hidden: Sequence[FloatArray]) -> tuple[list[FloatArray], FloatArray]:
         """One iteration: each text's next hidden state, and the logits (texts, classes)."""
         lengths = [len(state_LD) for state_LD in hidden]
-        hidden_BLD = np.zeros((len(hidden), max(lengths), hidden[0].shape[1]), dtype=np.float32)
-        for row, state_LD in enumerate(hidden):
-            hidden_BLD[row, : lengths[row]] = state_LD
+        hidden_BLD = pad_states(hidden)
         mask_BL = np.arange(max(lengths)) < np.array(lengths)[:, None]
-        next_BLD, logits_BC = self._step.run(["next_hidden", "logits"], {"hidden": hidden_BLD, "mask": mask_BL})
+        next_BLD, logits_BC = self.step_session.run(["next_hidden", "logits"], {"hidden": hidden_BLD, "mask": mask_BL})
         return [next_BLD[row, :length] for row, length in enumerate(lengths)], logits_BC
+
+
+def pad_ids(ids: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+    """One row for each text, (texts, longest), zeros behind its end."""
+    ids_BL = np.zeros((len(ids), max(map(len, ids))), dtype=np.int64)
+    for row, text in enumerate(ids):
+        ids_BL[row, : len(text)] = text
+    return ids_BL
+
+
+def pad_states(hidden: Sequence[FloatArray]) -> FloatArray:
+    """One row for each hidden state, (texts, longest, width), zeros behind its end."""
+    hidden_BLD = np.zeros((len(hidden), max(map(len, hidden)), hidden[0].shape[1]), dtype=np.float32)
+    for row, state_LD in enumerate(hidden):
+        hidden_BLD[row, : len(state_LD)] = state_LD
+    return hidden_BLD
 
 
 def open_engine(bundle: Bundle, *, provider: Provider, precision: Precision, threads: int) -> Engine:

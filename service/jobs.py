@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from service.engine import FloatArray
 from service.errors import RefrainError
@@ -95,7 +95,7 @@ class Waiting:
     started: float | None = None
     stepped: float = 0.0
     iterations: int = 0
-    hidden: FloatArray | None = None
+    hidden: Any = None
     result: Result | None = None
 
     @property

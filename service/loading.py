@@ -11,6 +11,7 @@ import structlog
 
 from service.batcher import Batcher, Limits, RunsBatches
 from service.bundle import Bundle, Manifest, find_bundles, load_bundle
+from service.device_engine import DeviceEngine
 from service.engine import Engine, open_engine
 from service.engine_thread import EngineThread
 from service.errors import BundleError, SettingsError
@@ -69,9 +70,10 @@ def load_bundles(settings: Settings) -> list[Bundle]:
     return wanted
 
 
-def make_engine(bundle: Bundle, settings: Settings) -> Engine:
+def make_engine(bundle: Bundle, settings: Settings) -> Engine | DeviceEngine:
     """Open a bundle's graphs as the settings have it."""
-    return open_engine(bundle, provider=settings.provider, precision=settings.precision, threads=settings.threads)
+    engine = open_engine(bundle, provider=settings.provider, precision=settings.precision, threads=settings.threads)
+    return DeviceEngine(engine) if engine.provider == "cuda" else engine
 
 
 def load_model(bundle: Bundle, settings: Settings, metrics: Metrics, thread: EngineThread, make: MakeEngine) -> Model:
