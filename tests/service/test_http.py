@@ -53,6 +53,14 @@ def test_one_text_and_a_list_mean_the_same_and_keep_their_order(client: TestClie
         assert list(result["scores"].values()) == pytest.approx(expected_logits(fake, text, 2), abs=1e-5)
 
 
+def test_only_who_allows_it_gets_fewer_iterations_and_is_told() -> None:
+    with running(fake_app(brown_out_ms=0)) as client:  # any queue is too long
+        cut = classify(client, TEXTS, allow_fewer_iterations=True)["results"]
+        whole = classify(client, TEXTS)["results"]
+    assert {(result["iterations"], result["degraded"]) for result in cut} == {(1, True)}
+    assert {(result["iterations"], result["degraded"]) for result in whole} == {(2, False)}
+
+
 def test_probabilities_sum_to_one_and_the_label_is_the_likeliest(client: TestClient) -> None:
     for result in classify(client, TEXTS)["results"]:
         assert sum(result["scores"].values()) == pytest.approx(1, abs=1e-5)
