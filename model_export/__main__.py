@@ -24,7 +24,7 @@ class Export:
     out: tyro.conf.Positional[Path]
     """The bundle directory to write, models/TASK-ARCHITECTURE by custom; a bundle that stands there is replaced."""
     data_dir: Path | None = None
-    """Read the run's data set here instead of from the hub: calibration and proof need it."""
+    """Read the run's data set here instead of from the hub: INT8's scales, calibration and proof need it."""
     precisions: tuple[Literal["fp16", "int8"], ...] = ("fp16", "int8")
     portable: bool = False
     """Also write one self-contained graph per precision (ids, mask -> logits), for serving elsewhere."""
@@ -39,6 +39,8 @@ class Inspect:
     """Verifies a bundle and prints what is in it."""
 
     bundle: tyro.conf.Positional[Path]
+    figure: Path | None = None
+    """Also draw its calibration and its exit curve into this PNG file."""
 
 
 def main(arguments: list[str]) -> int:
@@ -58,6 +60,10 @@ def _inspect(command: Inspect) -> None:
     from model_export.inspect import inspect  # --help shall not wait for it
 
     print(inspect(command.bundle))
+    if command.figure:
+        from model_export.figure import draw
+
+        draw(command.bundle, command.figure)
 
 
 def _export(command: Export) -> None:

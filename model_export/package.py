@@ -13,6 +13,7 @@ from onnx import ModelProto
 from pydantic import ValidationError
 
 from model_export import ops
+from model_export.calibrate import calibrate
 from model_export.errors import ExportError
 from model_export.graphs import Graphs, describe, export_graphs, finish, to_fp16, unroll
 from model_export.parity import (
@@ -27,6 +28,8 @@ from model_export.parity import (
 from model_export.quantize import measure_ranges, quantize_embedding, quantize_step
 from service.bundle import (
     MANIFEST,
+    SCHEMA_VERSION,
+    Calibration,
     Difference,
     Graph,
     GraphRole,
@@ -39,7 +42,6 @@ from service.bundle import (
     Training,
     content_version,
     first_problem,
-    stored_files,
 )
 from service.engine import Engine
 from training import run as runs
@@ -50,7 +52,7 @@ from training.run import RunInfo
 from training.scores import score
 from training.tokenizer import encode
 
-CALIBRATION_TEXTS = 512
+RANGE_TEXTS = 512
 THREADS = 2
 
 
@@ -114,10 +116,10 @@ def _open(options: ExportOptions) -> _Source:
     if list(dataset.labels) != info.labels:
         raise ExportError(f"{dataset.name} has labels {', '.join(dataset.labels)}, the run {', '.join(info.labels)}")
     texts = dataset.train.texts
-    calibration = texts[:: max(1, len(texts) // CALIBRATION_TEXTS)]
+    measured = texts[:: max(1, len(texts) // RANGE_TEXTS)]
     limit = model.config.max_tokens
     return _Source(
-        info, model, dataset, encode(tokenizer, calibration, limit), encode(tokenizer, dataset.validation.texts, limit)
+        info, model, dataset, encode(tokenizer, measured, limit), encode(tokenizer, dataset.validation.texts, limit)
     )
 
 
@@ -152,6 +154,7 @@ def _write(source: _Source, options: ExportOptions, directory: Path) -> Manifest
         directory,
         {name: _precision(graphs, name, directory, portable.get(name)) for name, graphs in stored.items()},
         {"validation": {name: _quality(source, found) for name, found in logits_RNC.items()}},
+        calibrate("validation", logits_RNC, source.dataset.validation.labels),
         Parity(
             fp32_against_pytorch=difference,
             fp32_cases=cases,
@@ -226,11 +229,12 @@ def _manifest(
     directory: Path,
     precisions: dict[StoredPrecision, Precision],
     quality: dict[str, dict[str, list[Quality]]],
+    calibration: Calibration,
     parity: Parity,
 ) -> Manifest:
     info, model = source.info, source.model
     manifest = Manifest(
-        schema_version=1,
+        schema_version=SCHEMA_VERSION,
         name=f"{info.task}-{info.architecture}",
         task=info.task,
         architecture=info.architecture,
@@ -246,10 +250,10 @@ def _manifest(
         precisions=precisions,
         training=Training(**{name: info.provenance[name] for name in Training.model_fields}),
         quality=quality,
+        calibration=calibration,
         parity=parity,
     )
-    version = content_version([stored.sha256 for stored in stored_files(manifest)])
-    return manifest.model_copy(update={"version": version})
+    return manifest.model_copy(update={"version": content_version(manifest)})
 
 
 def _move_into_place(partial: Path, out: Path) -> None:

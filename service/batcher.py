@@ -58,8 +58,18 @@ class RunsBatches(Protocol):
 class Batcher:
     """The waiting texts of one model. Its thread is shared with other models."""
 
-    def __init__(self, engine: RunsBatches, thread: EngineThread, *, limits: Limits, observer: Observer) -> None:
+    def __init__(
+        self,
+        engine: RunsBatches,
+        thread: EngineThread,
+        *,
+        limits: Limits,
+        observer: Observer,
+        temperatures: Sequence[float] = (1.0,),
+    ) -> None:
+        """`temperatures` of the iterations, as a bundle's calibration has them: a text's confidence rests on them."""
         self._engine, self._thread, self._limits, self._observer = engine, thread, limits, observer
+        self._temperatures = temperatures
         self._changed = thread.changed  # guards the pools and the flags below
         self._foreground, self._background = Pool(), Pool()
         self._arrivals = 0
@@ -203,8 +213,11 @@ class Batcher:
         self, batch: Sequence[Waiting], outcomes: Sequence[FloatArray | InferenceFailed], now: float
     ) -> list[tuple[Waiting, Result]]:
         """The results of those who are done; the others go on to another iteration."""
-        good = [outcome for outcome in outcomes if not isinstance(outcome, InferenceFailed)]
-        confidences = iter(confidence(np.array(good)).tolist() if good else [])
+        paired = zip(batch, outcomes, strict=True)
+        good = [(waiting.iterations, found) for waiting, found in paired if not isinstance(found, InferenceFailed)]
+        temperatures = [temperature_after(self._temperatures, iterations) for iterations, _ in good]
+        logits = [logits_C for _, logits_C in good]
+        confidences = iter(confidence(np.array(logits), temperatures).tolist() if good else [])
         done: list[tuple[Waiting, Result]] = []
         for waiting, outcome in zip(batch, outcomes, strict=True):
             if isinstance(outcome, InferenceFailed):
@@ -256,9 +269,15 @@ class Batcher:
         self._finish([(text, error()) for text in waiting])
 
 
-def confidence(logits_BC: FloatArray) -> FloatArray:
-    """The largest softmax probability of each row."""
-    shifted_BC = logits_BC - logits_BC.max(axis=1, keepdims=True)
+def temperature_after(temperatures: Sequence[float], iterations: int) -> float:
+    """What divides the logits of so many iterations; beyond those that were fitted, the last one's."""
+    return temperatures[min(iterations, len(temperatures)) - 1]
+
+
+def confidence(logits_BC: FloatArray, temperatures: Sequence[float]) -> FloatArray:
+    """The largest probability of each row: softmax(logits / the row's temperature)."""
+    temperatures_B = np.array(temperatures, dtype=np.float32)
+    shifted_BC = (logits_BC - logits_BC.max(axis=1, keepdims=True)) / temperatures_B[:, None]
     largest_B: FloatArray = 1.0 / np.exp(shifted_BC).sum(axis=1)
     return largest_B
 

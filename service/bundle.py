@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 from tokenizers import Tokenizer
 
 from service.errors import BundleError
 
 MANIFEST = "manifest.json"
+SCHEMA_VERSION: Final = 2
 VERSION_DIGITS = 12
+ANSWERING: Mapping[str, bool | set[str]] = {
+    "task": True,
+    "architecture": True,
+    "labels": True,
+    "max_tokens": True,
+    "iterations": True,
+    "tokenizer": True,
+    "precisions": True,
+    "calibration": {"temperatures", "exit_threshold"},
+}
+"""The fields of a manifest that decide what is answered; the others say where the bundle comes from, how good it is."""
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 Label = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Temperature = Annotated[float, Field(strict=True, ge=0.01, le=100)]
 GraphRole = Literal["embed", "step"]
 StoredPrecision = Literal["fp16", "int8"]
 
@@ -90,10 +105,61 @@ class Parity(_Strict):
     against_fp32: dict[StoredPrecision, Difference]
 
 
+class Bin(_Strict):
+    """The texts whose best probability lies in one fifteenth of 0 to 1: its mean there, and the share that is right."""
+
+    texts: Annotated[int, Field(gt=0)]
+    confidence: Share
+    accuracy: Share
+
+
+class Reliability(_Strict):
+    """The bins that hold texts, before and after the temperature."""
+
+    before: list[Bin]
+    after: list[Bin]
+
+
+class CalibrationError(_Strict):
+    """Expected calibration error over 15 bins, before and after the temperature."""
+
+    before: Share
+    after: Share
+
+
+class ExitPoint(_Strict):
+    """What a threshold brings: accuracy, mean iterations, and how many texts it makes right or wrong."""
+
+    threshold: Annotated[float, Field(gt=0, le=1)]
+    accuracy: Share
+    mean_iterations: Annotated[float, Field(ge=1, allow_inf_nan=False)]
+    changed: Annotated[int, Field(ge=0)]
+
+
+class Calibration(_Strict):
+    """How logits become probabilities, and how sure a text must be to leave early; measured on the named split.
+
+    Probabilities are softmax(logits / temperature of the iteration), whatever the precision.
+    """
+
+    split: str
+    texts: Annotated[int, Field(gt=0)]
+    temperatures: Annotated[list[Temperature], Field(min_length=1)]
+    """one per iteration"""
+    exit_threshold: Annotated[float, Field(strict=True, gt=0, lt=1)] | None
+    """the default of requests; null: every text takes all its iterations"""
+    ece: dict[str, list[CalibrationError]]
+    """precision (also fp32) -> one entry per iteration"""
+    reliability: list[Reliability]
+    """one entry per iteration, at fp32"""
+    exit_curve: dict[str, list[ExitPoint]]
+    """precision (also fp32) -> by rising threshold, 1 being full depth; empty for a model of one iteration"""
+
+
 class Manifest(_Strict):
     """`manifest.json`. `iterations` is how often the model was trained to run its step (the baseline: once)."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     name: Name
     task: Name
     architecture: Name
@@ -110,12 +176,29 @@ class Manifest(_Strict):
     training: Training
     quality: dict[str, dict[str, list[Quality]]]
     """split -> precision (also fp32) -> one entry per iteration"""
+    calibration: Calibration
     parity: Parity
 
+    @field_validator("schema_version", mode="before")
+    @classmethod
+    def _is_ours(cls, found: object) -> object:
+        if found != SCHEMA_VERSION:
+            said = "the bundle's is {found}, this release reads {ours}: export its run again"
+            raise PydanticCustomError("schema_version", said, {"found": str(found)[:20], "ours": SCHEMA_VERSION})
+        return found
 
-def content_version(hashes: Sequence[str]) -> str:
-    """A version that follows from the content: hex digits of the hash of the files' hashes, in whatever order."""
-    return hashlib.sha256("".join(sorted(hashes)).encode()).hexdigest()[:VERSION_DIGITS]
+    @model_validator(mode="after")
+    def _is_calibrated(self) -> Self:
+        if len(self.calibration.temperatures) != self.iterations:
+            found, wanted = len(self.calibration.temperatures), self.iterations
+            raise ValueError(f"calibration.temperatures has {found} of them, the model {wanted} iterations")
+        return self
+
+
+def content_version(manifest: Manifest) -> str:
+    """A version that follows from what decides the answers: two bundles that answer differently never share one."""
+    deciding = manifest.model_dump(mode="json", include=ANSWERING)
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:VERSION_DIGITS]
 
 
 @dataclass(frozen=True)
@@ -145,12 +228,11 @@ def find_bundles(models_dir: Path) -> list[Path]:
 def load_bundle(path: Path) -> Bundle:
     """Reads a bundle and checks its schema, every file's hash and its version; BundleError says what does not match."""
     manifest = _read_manifest(path / MANIFEST)
-    files = stored_files(manifest)
-    for stored in files:
+    for stored in stored_files(manifest):
         _verify(path, stored)
-    version = content_version([stored.sha256 for stored in files])
+    version = content_version(manifest)
     if version != manifest.version:
-        raise BundleError(f"{path / MANIFEST}: version {manifest.version} does not follow from its files ({version})")
+        raise BundleError(f"{path / MANIFEST}: version {manifest.version} does not follow from its content ({version})")
     try:
         tokenizer = Tokenizer.from_file(str(path / manifest.tokenizer.file))
     except Exception as error:  # the library raises bare Exception

@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive
 
+from service.batcher import temperature_after
 from service.body import client_left, read_body
 from service.errors import (
     ClientGone,
@@ -105,7 +106,9 @@ async def _answer(asked: ClassifyRequest, model: Model, deadline: float, request
 def _texts(asked: ClassifyRequest, model: Model, encoded: Sequence[Encoded]) -> list[Text]:
     iterations = asked.max_iterations or model.manifest.iterations
     depth = 1 if model.manifest.iterations == 1 else iterations  # a baseline has no second pass to offer
-    return [Text(text.ids, depth, asked.exit_threshold, asked.allow_fewer_iterations) for text in encoded]
+    calibrated = model.manifest.calibration.exit_threshold
+    threshold = calibrated if asked.exit_threshold is None else asked.exit_threshold
+    return [Text(text.ids, depth, threshold, asked.allow_fewer_iterations) for text in encoded]
 
 
 async def tokenize(model: Model, asked: ClassifyRequest) -> list[Encoded]:
@@ -163,7 +166,8 @@ def _all_good(outcomes: Sequence[Answer | RefrainError]) -> list[Answer]:
 def _result(asked: ClassifyRequest, model: Model, text: Encoded, answer: Answer) -> Result:
     labels = model.manifest.labels
     logits = answer.logits.tolist()
-    values = [round(value, 6) for value in (logits if asked.raw_scores else softmax(logits))]
+    temperature = temperature_after(model.manifest.calibration.temperatures, answer.iterations)
+    values = [round(value, 6) for value in (logits if asked.raw_scores else softmax(logits, temperature))]
     ranked = sorted(range(len(labels)), key=values.__getitem__, reverse=True)
     shown = sorted(ranked[: asked.top_k])
     return Result(
@@ -179,10 +183,10 @@ def _result(asked: ClassifyRequest, model: Model, text: Encoded, answer: Answer)
     )
 
 
-def softmax(logits: Sequence[float]) -> list[float]:
+def softmax(logits: Sequence[float], temperature: float) -> list[float]:
     """Turn one text's logits into probabilities; for a handful of classes an array costs ten times as much."""
     largest = max(logits)
-    powers = [math.exp(logit - largest) for logit in logits]
+    powers = [math.exp((logit - largest) / temperature) for logit in logits]
     total = sum(powers)
     return [power / total for power in powers]
 

@@ -89,7 +89,13 @@ def load_model(bundle: Bundle, settings: Settings, metrics: Metrics, thread: Eng
         queue_tokens=settings.max_queue_tokens,
         brown_out_seconds=settings.brown_out_ms / 1000,
     )
-    batcher = Batcher(engine, thread, limits=limits, observer=ModelObserver(metrics, labels))
+    batcher = Batcher(
+        engine,
+        thread,
+        limits=limits,
+        observer=ModelObserver(metrics, labels),
+        temperatures=bundle.manifest.calibration.temperatures,
+    )
     metrics.loaded(
         labels,
         version=bundle.manifest.version,

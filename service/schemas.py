@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 from pydantic_core import ErrorDetails
 
+from service.bundle import Calibration
 from service.errors import InputEmpty, InvalidJSON, InvalidRequest
 
 MAX_ITERATIONS = 16  # a recurrent model may run deeper than it was trained for, within reason
@@ -47,14 +48,18 @@ class ClassifyRequest(BaseModel):
         description="Most passes of a recurrent model. Default: as it was trained. A baseline always takes one.",
     )
     exit_threshold: float | None = Field(
-        None, gt=0, le=1, description="A text is answered as soon as its best probability reaches this. Default: never."
+        None,
+        gt=0,
+        le=1,
+        description="A text is answered as soon as its best probability reaches this; 1: never, however sure it is. "
+        "Default: the model's own, chosen so that it costs no accuracy; /models shows it under `calibration`.",
     )
     allow_fewer_iterations: bool = Field(
         False,
         description="Rather be answered with fewer iterations than wait long or miss the deadline; `degraded` tells.",
     )
     top_k: Count | None = Field(None, description="How many of the best labels `scores` names. Default: all.")
-    raw_scores: bool = Field(False, description="Answer with logits in place of probabilities.")
+    raw_scores: bool = Field(False, description="Answer with logits, uncalibrated, in place of probabilities.")
     truncate: bool = Field(True, description="Cut a text that is too long; false: refuse it.")
     deadline_ms: float | None = Field(
         None, gt=0, description="Time for the answer in milliseconds. The service's own limit holds if it is shorter."
@@ -70,7 +75,7 @@ class Result(BaseModel):
     """One text's answer."""
 
     label: str
-    score: float = Field(description="The label's probability, or its logit with `raw_scores`.")
+    score: float = Field(description="The label's calibrated probability, or its logit with `raw_scores`.")
     scores: dict[str, float] = Field(description="Per label; all of them, or the best `top_k`.")
     architecture: str
     model: str = Field(description="The bundle's name and version.")
@@ -132,6 +137,7 @@ class ModelInfo(BaseModel):
     provider: str
     model_bytes: int
     quality: Any
+    calibration: Calibration
 
 
 class ModelsAnswer(BaseModel):

@@ -53,3 +53,19 @@ def test_a_text_of_which_no_token_is_left_is_empty() -> None:
         wait_until(lambda: client.get("/readyz").status_code == 200, seconds=60)
         answer = client.post("/classify", json={"inputs": ["a film", "\u200b"]})
     assert (answer.status_code, answer.json()["code"], answer.json()["index"]) == (422, "input_empty", 1)
+
+
+def test_probabilities_are_better_with_their_temperature_in_every_precision(bundle: Bundle) -> None:
+    calibration = bundle.manifest.calibration
+    assert set(calibration.ece) == {"fp32", "fp16", "int8"}
+    assert all(one.after < one.before for found in calibration.ece.values() for one in found)
+
+
+def test_leaving_early_by_default_saves_a_quarter_and_costs_nothing() -> None:
+    calibration = load_bundle(MODELS / "sentiment-recurrent").manifest.calibration
+    for points in calibration.exit_curve.values():
+        (default,) = (point for point in points if point.threshold == calibration.exit_threshold)
+        full_depth = points[-1]
+        assert default.accuracy >= full_depth.accuracy - 0.002
+        assert default.mean_iterations <= 0.75 * full_depth.mean_iterations
+    assert load_bundle(MODELS / "sentiment-baseline").manifest.calibration.exit_threshold is None

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from service.app import create_app
-from service.bundle import Bundle, Manifest
+from service.bundle import Bundle, Calibration, Manifest
 from service.settings import Settings
 
 FloatArray = NDArray[np.float32]
@@ -38,7 +38,12 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def fake_bundle(task: str = "sentiment", architecture: str = "recurrent") -> Bundle:
+def fake_bundle(
+    task: str = "sentiment",
+    architecture: str = "recurrent",
+    temperatures: Sequence[float] = (1.0,),
+    exit_threshold: float | None = None,
+) -> Bundle:
     """A bundle that was never on disk; its manifest has what the service reads."""
     manifest = Manifest.model_construct(
         schema_version=1,
@@ -52,6 +57,15 @@ def fake_bundle(task: str = "sentiment", architecture: str = "recurrent") -> Bun
         iterations=2 if architecture == "recurrent" else 1,
         precisions={},
         quality={"test": {"fp32": []}},
+        calibration=Calibration(
+            split="test",
+            texts=1,
+            temperatures=list(temperatures),
+            exit_threshold=exit_threshold,
+            ece={},
+            reliability=[],
+            exit_curve={},
+        ),
     )
     return Bundle(Path("nowhere"), manifest, byte_tokenizer())
 

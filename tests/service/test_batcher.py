@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.batcher import Batcher, Limits, confidence
+from service.batcher import Batcher, Limits, confidence, temperature_after
 from service.engine_thread import EngineThread
 from service.errors import (
     DeadlineExceeded,
@@ -31,11 +31,22 @@ from tests.service.fakes import FakeEngine, FloatArray, wait_until
 SECONDS = 10.0
 
 
-@given(st.lists(st.lists(st.floats(-50, 50, width=32), min_size=3, max_size=3), min_size=1, max_size=5))
-def test_confidence_is_the_largest_probability(logits: list[list[float]]) -> None:
-    powers = np.exp(np.array(logits, dtype=np.float64))
+ROWS = st.tuples(
+    st.lists(st.floats(-50, 50, width=32), min_size=3, max_size=3), st.floats(0.5, 5, allow_subnormal=False)
+)
+
+
+@given(st.lists(ROWS, min_size=1, max_size=5))
+def test_confidence_is_the_largest_probability_at_each_row_s_temperature(rows: list[tuple[list[float], float]]) -> None:
+    powers = np.exp([np.array(logits) / temperature for logits, temperature in rows])
     expected = (powers / powers.sum(axis=1, keepdims=True)).max(axis=1)
-    np.testing.assert_allclose(confidence(np.array(logits, dtype=np.float32)), expected, rtol=1e-4)
+    logits_BC = np.array([logits for logits, _ in rows], dtype=np.float32)
+    found_B = confidence(logits_BC, [temperature for _, temperature in rows])
+    np.testing.assert_allclose(found_B, expected, rtol=1e-4)
+
+
+def test_beyond_the_fitted_iterations_the_last_temperature_holds() -> None:
+    assert [temperature_after([1.5, 2.0], iterations) for iterations in (1, 2, 3, 16)] == [1.5, 2.0, 2.0, 2.0]
 
 
 @dataclass
@@ -93,10 +104,11 @@ def running(
     queue_texts: int = 100,
     queue_tokens: int = 100_000,
     brown_out_seconds: float = SECONDS,
+    temperatures: Sequence[float] = (1.0,),
 ) -> Iterator[Setup]:
     engine, seen, thread = engine or FakeEngine(), Recorder(), EngineThread(stuck_seconds=stuck_seconds)
     limits = Limits(batch_tokens, queue_texts, queue_tokens, brown_out_seconds)
-    batcher = Batcher(engine, thread, limits=limits, observer=seen)
+    batcher = Batcher(engine, thread, limits=limits, observer=seen, temperatures=temperatures)
     thread.start()
     batcher.start()
     try:
@@ -174,8 +186,8 @@ def test_texts_at_different_iterations_share_a_turn_and_leave_when_done() -> Non
 
 
 def test_a_confident_text_leaves_early() -> None:
-    sure = max(range(50), key=lambda token: float(confidence(expected_logits([token], 2)[None])[0]))
-    at_one, at_two = (float(confidence(expected_logits([sure], n)[None])[0]) for n in (1, 2))
+    sure = max(range(50), key=lambda token: sureness(token, 2))
+    at_one, at_two = (sureness(sure, n) for n in (1, 2))
     assert at_one < at_two
     with running() as setup:
         job = setup.submit(
@@ -186,6 +198,22 @@ def test_a_confident_text_leaves_early() -> None:
         )
         assert [answer.iterations for answer in answers(job)] == [1, 2, 4, 2]
     assert sorted(setup.seen.exits) == [("confidence", 1), ("confidence", 2), ("depth", 2), ("depth", 4)]
+
+
+def sureness(token: int, iterations: int) -> float:
+    return float(confidence(expected_logits([token], iterations)[None], [1.0])[0])
+
+
+def test_how_sure_a_text_is_follows_from_its_own_iteration_s_temperature() -> None:
+    sure = max(range(50), key=lambda token: sureness(token, 2))
+    needed = sureness(sure, 2) - 1e-6  # at the temperature 1; at 100 nobody is sure of anything
+    with running(temperatures=[100.0, 1.0]) as setup:
+        early = setup.submit(text(sure, iterations=4, threshold=sureness(sure, 1)))
+        mixed = setup.submit(text(sure, 1, iterations=4), text(sure, iterations=4, threshold=needed))
+        assert [answer.iterations for answer in answers(early) + answers(mixed)] == [2, 4, 2]
+    with running(temperatures=[1.0, 100.0]) as setup:
+        job = setup.submit(text(sure, iterations=3, threshold=needed))
+        assert [answer.iterations for answer in answers(job)] == [3]
 
 
 def test_a_list_is_taken_whole_or_not_at_all() -> None:

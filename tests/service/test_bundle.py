@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from service.bundle import MANIFEST, content_version, find_bundles, load_bundle, stored_files
+from service.bundle import MANIFEST, Manifest, content_version, find_bundles, load_bundle, stored_files
 from service.errors import BundleError
 from tests import tiny
 
@@ -84,13 +84,67 @@ def test_a_hash_that_is_not_the_files_is_found(bundle_dir: Path) -> None:
 
 def test_a_version_that_does_not_follow_from_the_content_is_found(bundle_dir: Path) -> None:
     change(bundle_dir, "version", to="0123456789ab")
-    assert "version 0123456789ab does not follow from its files" in refused(bundle_dir)
+    assert "version 0123456789ab does not follow from its content" in refused(bundle_dir)
+
+
+@pytest.mark.parametrize(
+    ("path", "to"),
+    [
+        (["task"], "another"),
+        (["architecture"], "another"),
+        (["labels"], ["positive", "negative"]),
+        (["max_tokens"], 39),
+        (["calibration", "temperatures", 1], 1.2345),
+        (["calibration", "exit_threshold"], 0.9876),
+    ],
+)
+def test_whoever_changes_an_answer_by_hand_is_refused_for_the_version(
+    bundle_dir: Path, path: list[str | int], to: object
+) -> None:
+    change(bundle_dir, *path, to=to)
+    assert "does not follow from its content" in refused(bundle_dir)
+
+
+def test_iterations_and_their_temperatures_belong_to_the_version(bundle_dir: Path) -> None:
+    change(bundle_dir, "calibration", "temperatures", to=[1.0, 1.0, 1.0])
+    assert "calibration.temperatures has 3 of them, the model 2 iterations" in refused(bundle_dir)
+    change(bundle_dir, "iterations", to=3)
+    assert "does not follow from its content" in refused(bundle_dir)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_another_file_with_its_hash_is_another_version(bundle_dir: Path, precision: str) -> None:
+    content = (bundle_dir / precision / "step.onnx").read_bytes() + b"and more"
+    (bundle_dir / precision / "step.onnx").write_bytes(content)
+    change(bundle_dir, "precisions", precision, "graphs", "step", "sha256", to=hashlib.sha256(content).hexdigest())
+    assert "does not follow from its content" in refused(bundle_dir)
+
+
+def test_two_graphs_that_change_places_are_another_version(bundle_dir: Path) -> None:
+    precisions = json.loads((bundle_dir / MANIFEST).read_text())["precisions"]
+    change(bundle_dir, "precisions", to={"fp16": precisions["int8"], "int8": precisions["fp16"]})
+    assert "does not follow from its content" in refused(bundle_dir)
+
+
+def test_where_a_bundle_comes_from_and_how_good_it_is_leaves_the_version(bundle_dir: Path) -> None:
+    document = json.loads((bundle_dir / MANIFEST).read_text())
+    change(bundle_dir, "training", "commit", to="0123456789ab")
+    change(bundle_dir, "calibration", "texts", to=41)
+    assert load_bundle(bundle_dir).manifest.version == document["version"]
+
+
+def test_a_bundle_of_another_schema_is_refused_with_what_to_do(bundle_dir: Path) -> None:
+    document = json.loads((bundle_dir / MANIFEST).read_text())
+    del document["calibration"]
+    (bundle_dir / MANIFEST).write_text(json.dumps(document | {"schema_version": 1}))
+    said = "schema_version: the bundle's is 1, this release reads 2: export its run again"
+    assert f"{MANIFEST}: {said}" in refused(bundle_dir)
 
 
 @pytest.mark.parametrize(
     ("path", "to", "said"),
     [
-        (["schema_version"], 2, "schema_version: Input should be 1"),
+        (["schema_version"], 3, "schema_version: the bundle's is 3, this release reads 2"),
         (["surprise"], 1, "surprise: Extra inputs are not permitted"),
         (["precisions", "int8", "graphs", "step", "surprise"], 1, "precisions.int8.graphs.step.surprise: Extra"),
         (["precisions", "int4"], {}, "precisions.int4"),
@@ -99,11 +153,23 @@ def test_a_version_that_does_not_follow_from_the_content_is_found(bundle_dir: Pa
         (["labels"], ["one"], "labels"),
         (["name"], "../name", "name"),
         (["iterations"], 0, "iterations"),
+        (["calibration"], None, "calibration: Input should be"),
+        (["calibration", "temperatures"], [], "calibration.temperatures"),
+        (["calibration", "temperatures", 0], 0, "calibration.temperatures.0"),
+        (["calibration", "temperatures", 0], -1.0, "calibration.temperatures.0"),
+        (["calibration", "temperatures", 0], 1e-300, "calibration.temperatures.0"),
+        (["calibration", "temperatures", 0], float("inf"), "calibration.temperatures.0"),
+        (["calibration", "temperatures", 1], float("nan"), "calibration.temperatures.1"),
+        (["calibration", "temperatures", 1], "1.5", "calibration.temperatures.1"),
+        (["calibration", "temperatures", 1], True, "calibration.temperatures.1"),
+        (["calibration", "exit_threshold"], 0, "calibration.exit_threshold"),
+        (["calibration", "exit_threshold"], 1, "calibration.exit_threshold"),
+        (["calibration", "exit_threshold"], "0.9", "calibration.exit_threshold"),
         (["version"], "0123456789AB", "version"),
     ],
 )
 def test_a_manifest_of_another_form_is_refused_with_the_field(
-    bundle_dir: Path, path: list[str], to: object, said: str
+    bundle_dir: Path, path: list[str | int], to: object, said: str
 ) -> None:
     change(bundle_dir, *path, to=to)
     assert f"{MANIFEST}: {said}" in refused(bundle_dir)
@@ -129,17 +195,16 @@ def test_a_tokenizer_that_is_none_is_refused(bundle_dir: Path) -> None:
     content = b'{"not": "a tokenizer"}'
     (bundle_dir / "tokenizer.json").write_bytes(content)
     change(bundle_dir, "tokenizer", "sha256", to=hashlib.sha256(content).hexdigest())
-    document = json.loads((bundle_dir / MANIFEST).read_text())
-    hashes = [document["tokenizer"]["sha256"]]
-    for precision in document["precisions"].values():
-        hashes += [graph["sha256"] for graph in (*precision["graphs"].values(), precision["portable"])]
-    change(bundle_dir, "version", to=content_version(hashes))
+    manifest = Manifest.model_validate_json((bundle_dir / MANIFEST).read_bytes())
+    change(bundle_dir, "version", to=content_version(manifest))
     assert "tokenizer.json: not a tokenizer" in refused(bundle_dir)
 
 
-def test_the_version_is_the_contents_and_not_the_orders() -> None:
-    assert content_version(["a" * 64, "b" * 64]) == content_version(["b" * 64, "a" * 64])
-    assert content_version(["a" * 64, "b" * 64]) != content_version(["a" * 64, "c" * 64])
+def test_the_version_is_the_contents_and_not_the_orders(bundle_dir: Path) -> None:
+    document = json.loads((bundle_dir / MANIFEST).read_text())
+    document["precisions"] = dict(reversed(document["precisions"].items()))
+    (bundle_dir / MANIFEST).write_text(json.dumps(document, sort_keys=True))
+    assert load_bundle(bundle_dir).manifest.version == document["version"]
 
 
 def test_where_there_is_no_bundle_it_is_said(tmp_path: Path) -> None:

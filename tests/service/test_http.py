@@ -96,6 +96,44 @@ def test_a_low_threshold_lets_a_text_leave_early(client: TestClient) -> None:
     assert classify(client, "a", exit_threshold=1.0, max_iterations=8)["results"][0]["iterations"] == 8
 
 
+def test_the_bundle_s_threshold_is_the_default_and_1_means_never_however_sure_a_text_is() -> None:
+    fake = fake_app([fake_bundle(exit_threshold=0.9)])
+    fake.recurrent.logits = lambda state_LD: [1e4, 0.0]  # type: ignore[method-assign]
+    with running(fake) as client:
+        assert classify(client, "a")["results"][0]["score"] == 1.0
+        for asked, taken in (
+            ({}, 1),
+            ({"exit_threshold": None}, 1),
+            ({"max_iterations": 5}, 1),
+            ({"exit_threshold": 1}, 2),
+            ({"exit_threshold": 1, "max_iterations": 5}, 5),
+        ):
+            assert classify(client, "a", **asked)["results"][0]["iterations"] == taken
+        fake.recurrent.logits = lambda state_LD: [1.0, 0.0]  # type: ignore[method-assign]
+        assert classify(client, "a")["results"][0]["iterations"] == 2
+        assert classify(client, "a", exit_threshold=0.7)["results"][0]["iterations"] == 1
+
+
+def test_probabilities_are_calibrated_by_the_iteration_that_answered_and_raw_scores_are_not() -> None:
+    fake = fake_app([fake_bundle(temperatures=[2.0, 4.0])])
+    with running(fake) as client:
+        for iterations, temperature in ((1, 2.0), (2, 4.0), (3, 4.0)):
+            logits = expected_logits(fake, "a film", iterations)
+            result = classify(client, "a film", max_iterations=iterations)["results"][0]
+            powers = np.exp(np.array(logits) / temperature)
+            assert list(result["scores"].values()) == pytest.approx(powers / powers.sum(), abs=2e-6)
+            raw = classify(client, "a film", max_iterations=iterations, raw_scores=True)["results"][0]
+            assert list(raw["scores"].values()) == pytest.approx(logits, abs=1e-5)
+
+
+def test_what_a_text_is_shown_to_be_is_what_lets_it_leave() -> None:
+    fake = fake_app([fake_bundle(temperatures=[3.0, 1.0])])
+    with running(fake) as client:
+        shown = classify(client, "a film", max_iterations=1)["results"][0]["score"]
+        for threshold, taken in ((shown - 1e-4, 1), (shown + 1e-4, 2)):
+            assert classify(client, "a film", exit_threshold=threshold)["results"][0]["iterations"] == taken
+
+
 def test_top_k_keeps_the_best_labels(client: TestClient) -> None:
     everything = classify(client, "a film", task="domain")["results"][0]["scores"]
     for k in (1, 2, 3, 99):
@@ -192,6 +230,8 @@ def test_models_shows_what_is_loaded(client: TestClient) -> None:
     assert (shown["default_task"], shown["routing"]) == ("sentiment", "fixed:recurrent")
     names = [model["name"] for model in shown["models"]]
     assert names == ["domain-baseline", "sentiment-baseline", "sentiment-recurrent"]
+    assert {model["calibration"]["exit_threshold"] for model in shown["models"]} == {None}
+    assert shown["models"][-1]["calibration"]["temperatures"] == [1.0]
     assert shown["models"][-1] | {"labels": ["negative", "positive"], "iterations": 2} == shown["models"][-1]
 
 
