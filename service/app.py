@@ -39,7 +39,7 @@ router.add_api_route(
     summary="Classify one text or a list of texts",
     description="One result for each input, in order. A list is answered whole or refused whole.",
     response_model=ClassifyAnswer,
-    responses=problems(400, 401, 404, 408, 413, 422, 429, 500, 503, 504),
+    responses=problems(400, 401, 404, 408, 413, 422, 429, 431, 500, 503, 504),
     openapi_extra={"requestBody": BODY},
 )
 
@@ -87,6 +87,7 @@ def _runtime(request: Request) -> Runtime:
     return runtime
 
 
+@router.head("/", include_in_schema=False)
 @router.get("/", response_class=HTMLResponse, summary="Playground", responses=problems(401))
 async def playground() -> HTMLResponse:
     """Answer with a page to try the models by hand."""
@@ -105,6 +106,7 @@ async def models(request: Request) -> ModelsAnswer:
     )
 
 
+@router.head("/healthz", include_in_schema=False)
 @router.get("/healthz", summary="Alive", responses=problems(503))
 async def healthz(request: Request) -> Status:
     """Answer 200 while every engine is alive."""
@@ -112,6 +114,7 @@ async def healthz(request: Request) -> Status:
     return Status(status="ok")
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get("/readyz", summary="Ready", responses=problems(503))
 async def readyz(request: Request) -> Status:
     """Answer 200 while requests are welcome: not while starting, and not from the first moment of shutdown."""

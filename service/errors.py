@@ -2,12 +2,14 @@
 
 Exception
 ├── RefrainError                     an answer to one request (application/problem+json)
+│   ├── InvalidHTTP                  400 invalid_http
 │   ├── InvalidJSON                  400 invalid_json
 │   ├── Unauthorized                 401 unauthorized
 │   ├── NotFound                     404 not_found
 │   │   ├── UnknownTask              404 unknown_task
 │   │   └── UnknownArchitecture      404 unknown_architecture
 │   ├── MethodNotAllowed             405 method_not_allowed
+│   ├── HeadersTooSlow               408 headers_too_slow
 │   ├── BodyTooSlow                  408 body_too_slow
 │   ├── BodyTooLarge                 413 body_too_large
 │   ├── TooManyInputs                413 too_many_inputs
@@ -15,12 +17,14 @@ Exception
 │   │   ├── InputEmpty               422 input_empty
 │   │   └── InputTooLong             422 input_too_long
 │   ├── QueueFull                    429 queue_full
+│   ├── HeadersTooLarge              431 headers_too_large
 │   ├── ClientGone                   499 client_gone (nobody is left to read it: for the log and the metrics)
 │   ├── InferenceFailed              500 inference_failed
 │   ├── Unavailable                  503 unavailable
 │   │   ├── Starting                 503 starting
 │   │   ├── Draining                 503 draining
-│   │   └── EngineDown               503 engine_down
+│   │   ├── EngineDown               503 engine_down
+│   │   └── TooManyConnections       503 too_many_connections
 │   └── DeadlineExceeded             504 deadline
 └── StartError                       the process cannot start: one line on stderr, exit status 1
     ├── SettingsError                a setting is misspelt or wrong
@@ -50,6 +54,10 @@ class RefrainError(Exception):
         self.members = members
 
 
+class InvalidHTTP(RefrainError):
+    status, code, closes = 400, "invalid_http", True  # closes: where the next request begins is not known
+
+
 class InvalidJSON(RefrainError):
     status, code = 400, "invalid_json"
 
@@ -72,6 +80,13 @@ class UnknownArchitecture(NotFound):
 
 class MethodNotAllowed(RefrainError):
     status, code = 405, "method_not_allowed"
+
+
+class HeadersTooSlow(RefrainError):
+    status, code, closes = 408, "headers_too_slow", True
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"The headers did not arrive within {seconds:g} seconds.")
 
 
 class BodyTooSlow(RefrainError):
@@ -103,6 +118,15 @@ class QueueFull(RefrainError):
 
     def __init__(self, retry_after: float, detail: str = "The queue is full.") -> None:
         super().__init__(detail, retry_after=retry_after)
+
+
+class HeadersTooLarge(RefrainError):
+    status, code, closes = 431, "headers_too_large", True
+
+    def __init__(self, size: int, number: int) -> None:
+        super().__init__(
+            f"A request's line and headers must not be longer than {size} bytes, nor headers over {number}."
+        )
 
 
 class ClientGone(RefrainError):
@@ -147,6 +171,13 @@ class EngineDown(Unavailable):
 
     def __init__(self, detail: str = "An engine has died or is stuck.") -> None:
         super().__init__(detail, retry_after=5.0)
+
+
+class TooManyConnections(Unavailable):
+    code, closes = "too_many_connections", True
+
+    def __init__(self) -> None:
+        super().__init__("Too many connections are open.")
 
 
 class DeadlineExceeded(RefrainError):

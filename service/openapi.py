@@ -13,15 +13,16 @@ from service.runtime import Runtime
 from service.schemas import ClassifyRequest, Problem
 
 MEANINGS = {
-    400: "The body is not JSON.",
+    400: "The body is not JSON, or the request not HTTP/1.1.",
     401: "API keys are set, and none that came is right.",
     404: "There is no such task or architecture; `available` names those there are.",
-    408: "The body came too slowly.",
+    408: "The headers or the body came too slowly.",
     413: "The body or the list is too large.",
     422: "A field is wrong, an input is empty, or too long with `truncate: false`.",
     429: "The queue is full.",
+    431: "The headers are too large.",
     500: "Inference failed for this text.",
-    503: "Starting, draining, or an engine is down.",
+    503: "Starting, draining, an engine is down, or too many connections are open.",
     504: "The deadline passed, waiting or running.",
 }
 REF = "#/components/schemas/{model}"

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import time
+from functools import partial
 from types import FrameType
+from typing import cast
 
 import uvicorn
 from fastapi import FastAPI
 
+from service.connections import Connection, allow_open_files, check_all
 from service.errors import StartError
 from service.runtime import Runtime
 
 KEEP_ALIVE_SECONDS = 75  # longer than common proxies keep theirs, so that the proxy closes first
+CHECK_TICKS = 3  # tenths of a second between two looks for clients that take too long
 LAST_SECONDS = 1  # after the drain, for what is still running then: it was given up
 
 
@@ -20,11 +25,13 @@ class Server(uvicorn.Server):
     """uvicorn's server, which first drains on a signal, and ends when the models cannot be loaded."""
 
     def __init__(self, app: FastAPI) -> None:
+        self._runtime: Runtime = app.state.runtime
+        allow_open_files(self._runtime.settings.max_connections)
         # No limit_concurrency: it would turn probes away too, and in plain text. Runtime.admitted bounds the work.
         config = uvicorn.Config(
             app,
             loop="uvloop",
-            http="httptools",
+            http=cast(type[asyncio.Protocol], partial(Connection, runtime=self._runtime)),
             ws="none",
             lifespan="on",
             log_config=None,
@@ -34,7 +41,6 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=LAST_SECONDS,
         )
         super().__init__(config)
-        self._runtime: Runtime = app.state.runtime
         self._told = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -48,6 +54,8 @@ class Server(uvicorn.Server):
         """Look, ten times a second, whether it is time to go."""
         if self._runtime.failure is not None or self._runtime.drained(time.monotonic()):
             self.should_exit = True
+        if counter % CHECK_TICKS == 0:
+            check_all(self.server_state.connections)
         return await super().on_tick(counter)
 
 

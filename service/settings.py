@@ -84,6 +84,14 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(
         default=1_048_576, ge=1024, description="Longest request body in bytes; longer gets 413."
     )
+    max_connections: int = Field(
+        default=2048, ge=1, description="Most open connections of one process; more get 503, probes excepted."
+    )
+    client_seconds: float = Field(
+        default=10.0,
+        gt=0,
+        description="Time a client has to send a request's headers, and to take its answer; slower is cut off.",
+    )
     body_seconds: float = Field(default=10.0, gt=0, description="Time a client has to send its body; slower gets 408.")
     deadline_ms: int = Field(
         default=10_000,

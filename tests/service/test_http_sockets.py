@@ -2,76 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import signal
-import socket
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from http.client import HTTPConnection
-from typing import Any
 
 import pytest
 
 from service.errors import StartError
 from service.server import Server, bind
-from tests.service.fakes import Fake, fake_app, fake_bundle, wait_until
+from tests.service.fakes import fake_app, fake_bundle, wait_until
+from tests.service.live import classify_bytes, live, reply
 
-
-@dataclass
-class Live:
-    """A server in a thread of this process."""
-
-    fake: Fake
-    server: Server
-    thread: threading.Thread
-    port: int
-
-    def count(self, name: str, **labels: str) -> float:
-        registry = self.fake.app.state.runtime.metrics.registry
-        return registry.get_sample_value(name, labels) or 0.0
-
-    def ask(self, method: str, path: str, body: Any = None) -> tuple[int, dict[str, Any]]:
-        with closing(HTTPConnection("127.0.0.1", self.port, timeout=10)) as connection:
-            connection.request(method, path, None if body is None else json.dumps(body))
-            answer = connection.getresponse()
-            return answer.status, json.loads(answer.read())
-
-    def send(self, data: bytes) -> socket.socket:
-        connection = socket.create_connection(("127.0.0.1", self.port), timeout=10)
-        connection.sendall(data)
-        return connection
-
-
-def classify_bytes(text: str) -> bytes:
-    body = json.dumps({"inputs": text}).encode()
-    return b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
-
-
-def status_of(connection: socket.socket) -> int:
-    return int(connection.recv(4096).split()[1])
-
-
-@contextmanager
-def live(**settings: Any) -> Iterator[Live]:
-    fake = fake_app([fake_bundle()], **settings)
-    listener = bind("127.0.0.1", 0)
-    server = Server(fake.app)
-    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
-    thread.start()
-    served = Live(fake, server, thread, listener.getsockname()[1])
-    try:
-        wait_until(lambda: served.ask("GET", "/readyz")[0] == 200)
-        fake.recurrent.entered.clear()
-        fake.recurrent.steps = 0
-        yield served
-    finally:
-        fake.recurrent.gate.set()
-        server.should_exit = True
-        thread.join(timeout=20)
-        assert not thread.is_alive()
+LEAVERS = 1000
 
 
 def test_nothing_runs_for_a_client_that_left() -> None:
@@ -79,17 +22,17 @@ def test_nothing_runs_for_a_client_that_left() -> None:
         served.fake.recurrent.gate.clear()
         occupied = pool.submit(served.ask, "POST", "/classify", {"inputs": "occupied"})
         assert served.fake.recurrent.entered.wait(timeout=10)
-        leavers = [served.send(classify_bytes(f"leaver {number}")) for number in range(5)]
+        leavers = [served.send(classify_bytes(f"leaver {number}")) for number in range(LEAVERS)]
         model = {"architecture": "recurrent", "task": "sentiment"}
-        wait_until(lambda: served.count("refrain_queue_depth", **model) == 6)
+        wait_until(lambda: served.count("refrain_queue_depth", **model) == LEAVERS + 1)
         for leaver in leavers:
             leaver.close()
-        wait_until(lambda: served.count("refrain_rejected_total", reason="client_gone") == 5)
+        wait_until(lambda: served.count("refrain_rejected_total", reason="client_gone") == LEAVERS)
         wait_until(lambda: served.count("refrain_queue_depth", **model) == 1)
         served.fake.recurrent.gate.set()
         assert occupied.result(timeout=10)[0] == 200
         assert served.fake.recurrent.steps == 2
-        assert served.count("refrain_dropped_texts_total", reason="client", **model) == 5
+        assert served.count("refrain_dropped_texts_total", reason="client", **model) == LEAVERS
 
 
 def test_a_client_that_leaves_within_its_body_is_forgotten() -> None:
@@ -101,7 +44,7 @@ def test_a_client_that_leaves_within_its_body_is_forgotten() -> None:
 
 def test_408_for_a_body_that_dawdles() -> None:
     with live(body_seconds=0.1) as served, served.send(classify_bytes("half a body")[:-5]) as connection:
-        assert status_of(connection) == 408
+        assert reply(connection).status == 408
 
 
 def test_413_as_soon_as_a_stream_is_too_long() -> None:
@@ -116,7 +59,7 @@ def test_413_as_soon_as_a_stream_is_too_long() -> None:
 def test_413_from_the_announced_length_alone() -> None:
     announced = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n"
     with live() as served, served.send(announced) as connection:
-        assert status_of(connection) == 413
+        assert reply(connection).status == 413
 
 
 def test_a_signal_drains_and_then_ends() -> None:

@@ -1,0 +1,225 @@
+"""What a connection may do: uvicorn's protocol with bounds on heads, waits and numbers, for clients of every kind."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import resource
+import time
+import uuid
+from collections.abc import Iterable
+from http import HTTPStatus
+from types import SimpleNamespace
+from typing import Any, cast
+
+import httptools
+import structlog
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from service.errors import HeadersTooLarge, HeadersTooSlow, InvalidHTTP, RefrainError, TooManyConnections
+from service.front import OPEN_PATHS
+from service.logs import Call, write_call
+from service.problems import problem_response
+from service.runtime import Runtime
+
+HEAD_BYTES = 32_768  # request line and headers, or trailers; up to twice as much where reads happen to be cut so
+HEADERS = 128
+PIPELINED = 16  # requests read ahead on one connection
+RESERVE = 64  # connections above the limit, so that a probe still finds a place
+LINGER_SECONDS = 2.0  # given to a client to stop sending and read its refusal
+SPARE_FILES = 128  # open files that are no connections: models, logs, the collector of the metrics
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+ASK_SECONDS, ASK_SECONDS_MOST = 0.02, 1.0  # between two looks whether a client that said its last word is still there
+
+
+class Connection(HttpToolsProtocol):
+    """One client's connection.
+
+    What is waited for, and how long: a head for `client_seconds`, from the connection's first moment or, later, from
+    its own first byte; a body for `body_seconds`, in the app; the next request for uvicorn's keep-alive; a client to
+    take its answer for `client_seconds`. No timer runs for it: `check_all` looks at all connections now and then.
+    """
+
+    def __init__(self, *args: Any, runtime: Runtime, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.headers = []
+        self._metrics = runtime.metrics
+        self._seconds = runtime.settings.client_seconds
+        self._most = runtime.settings.max_connections
+        self._over = False  # above the limit: a probe is answered, nothing else
+        self._deaf = False  # what still comes is dropped
+        self._unplaced = 0  # bytes since the last that completed a head or belonged to a body
+        self._until = math.inf  # when this connection is given up, unless something happens before
+        self._taken_until = math.inf  # when it is, unless what was written has been taken before
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        """Count the connection in, and begin to wait for its first request."""
+        super().connection_made(transport)
+        # What a request's cycle sees of the transport: its closing must spare the answer that is on its way.
+        seen = SimpleNamespace(write=transport.write, is_closing=transport.is_closing, close=self._end)
+        self._cycle_transport = cast(asyncio.Transport, seen)
+        self._until = time.monotonic() + self._seconds
+        above = len(self.connections) - self._most
+        self._over = above > 0
+        if above > RESERVE:
+            self._refuse(TooManyConnections())
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what came, in pieces, so that what one read can bring is bounded too."""
+        self._unset_keepalive_if_required()
+        try:
+            for start in range(0, len(data), HEAD_BYTES):
+                if self._deaf:
+                    return
+                piece = data[start : start + HEAD_BYTES]
+                self._unplaced += len(piece)
+                self._parse(piece)
+                if self._unplaced >= HEAD_BYTES or len(self.headers) > HEADERS:
+                    raise HeadersTooLarge(HEAD_BYTES, HEADERS)
+        except RefrainError as error:
+            self._refuse(error)
+        else:
+            if self._until == math.inf and self._answered():  # a head's first part, or a body that nobody reads
+                self._until = time.monotonic() + self._seconds
+
+    def _parse(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as stopped:
+            # The parser leaves what follows to another protocol. We offer none, and a server may ignore the offer
+            # (RFC 9110, 7.8): the same head without it goes through a new parser, and then the rest.
+            head = self._head_without_upgrade()
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn sets it
+            self._parse(head + data[stopped.args[0] :])
+        except httptools.HttpParserError as error:
+            ours = error.__context__  # raised in a callback
+            raise ours if isinstance(ours, RefrainError) else InvalidHTTP(f"This is not HTTP/1.1: {error}.") from None
+
+    def _head_without_upgrade(self) -> bytes:
+        line = b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        kept = [name + b": " + value for name, value in self.headers if name != b"upgrade"]
+        return b"\r\n".join([line, *kept, b"", b""])
+
+    def on_headers_complete(self) -> None:
+        """Begin a request, unless something about its head or its connection forbids it."""
+        if len(self.headers) > HEADERS:
+            raise HeadersTooLarge(HEAD_BYTES, HEADERS)
+        if self.parser.get_method() == b"CONNECT":
+            raise InvalidHTTP("CONNECT is for proxies.")
+        if self.parser.should_upgrade():
+            return  # it comes again, see _parse
+        if self._over and self.url.partition(b"?")[0].decode("latin-1") not in OPEN_PATHS:
+            raise TooManyConnections
+        if len(self.pipeline) >= PIPELINED:
+            raise InvalidHTTP(f"At most {PIPELINED} requests may wait on one connection.")
+        super().on_headers_complete()
+        self.headers = []  # what is still added are trailers, which must not pass for headers (RFC 9110, 6.5.1)
+        self.cycle.transport = self._cycle_transport
+        self.cycle.keep_alive = self.cycle.keep_alive and not self._over
+        self._unplaced, self._until = 0, math.inf
+
+    def on_body(self, body: bytes) -> None:
+        """Take a part of the body."""
+        self._unplaced = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """Take the end of a request, but not of one that comes again without its upgrade."""
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """Go on to the next request; an idle connection keeps nothing of a body that nobody read."""
+        super().on_response_complete()
+        if self.cycle.response_complete:
+            self.cycle.body.clear()
+
+    def eof_received(self) -> bool:  # type: ignore[override]  # asyncio's contract: true keeps the transport open
+        """Tell a client that closed its sending half from one that left: both look alike until something is sent.
+
+        So 100 Continue is sent until the answer is there: a client that still reads skips it, as HTTP/1.1 demands. The
+        system of one that left replies with a reset, and the next write finds it.
+        """
+        cycle = self.cycle
+        if self._answered() or cycle.more_body or cycle.scope["http_version"] != "1.1":
+            return False
+        self.shutdown()  # closes after the last answer
+        self._ask_whether_there(ASK_SECONDS)
+        return True
+
+    def _ask_whether_there(self, again_after: float) -> None:
+        if self.transport.is_closing() or self.cycle.response_started or self.pipeline:
+            return  # within another request's answer it would be a part of that
+        self.transport.write(CONTINUE)
+        self.loop.call_later(again_after, self._ask_whether_there, min(2 * again_after, ASK_SECONDS_MOST))
+
+    def check(self, now: float) -> None:
+        """Cut off a client that takes too long; `now` as time.monotonic() has it."""
+        if now >= self._until:
+            self._until = math.inf
+            if self._unplaced and not self._deaf:
+                self._refuse(HeadersTooSlow(self._seconds))
+            else:  # nothing was asked, so nothing is answered
+                self.transport.abort()
+        if not self.transport.get_write_buffer_size():
+            self._taken_until = math.inf
+        elif self._taken_until == math.inf:
+            self._taken_until = now + self._seconds
+        elif now >= self._taken_until:
+            self.transport.abort()
+
+    def _answered(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def _refuse(self, error: RefrainError) -> None:
+        """Answer in the app's place, in its form, where an answer has a place, and end the connection."""
+        self._deaf = True
+        cycle = self.cycle
+        call = Call(uuid.uuid4().hex, "", "", time.monotonic(), code=error.status)
+        response = problem_response(error, call)
+        self._metrics.rejected.labels(error.code).inc()
+        write_call(call)
+        if not self._answered() and not cycle.more_body:
+            self.shutdown()  # what was asked before is answered first, and the last answer closes
+            return
+        if not self._answered() and (self.pipeline or cycle.response_started):
+            self.transport.close()
+            return
+        if not self._answered():  # the broken request itself: the app sees its client leave
+            cycle.disconnected = True
+            cycle.message_event.set()
+        headers = [*self.server_state.default_headers, *response.raw_headers, (b"x-request-id", call.id.encode())]
+        lines = [b"HTTP/1.1 %d %s" % (error.status, HTTPStatus(error.status).phrase.encode())]
+        lines += [name + b": " + value for name, value in headers]
+        self.transport.write(b"\r\n".join([*lines, b"", bytes(response.body)]))
+        self._end()
+
+    def _end(self) -> None:
+        """Close, but let a client that is still sending stop first: closed at once, its answer is lost in a reset."""
+        if not self._deaf and not self.cycle.more_body:
+            self.transport.close()
+        elif not self.transport.is_closing():
+            self._deaf = True
+            self.flow.resume_reading()
+            self.transport.write_eof()
+            self._until = time.monotonic() + LINGER_SECONDS
+
+
+def check_all(connections: Iterable[object]) -> None:
+    """Cut off the clients that take too long, among the connections of a server."""
+    now = time.monotonic()
+    for connection in list(connections):
+        assert isinstance(connection, Connection)
+        connection.check(now)
+
+
+def allow_open_files(connections: int) -> None:
+    """Raise the process's soft limit of open files to what so many connections need, as far as the hard one lets us."""
+    needed = connections + RESERVE + SPARE_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        if allowed < needed:
+            structlog.get_logger().warning("fewer connections than set", open_files=allowed, needed=needed)
