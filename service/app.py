@@ -24,6 +24,7 @@ from service.problems import on_bug, on_http_exception, on_refrain_error
 from service.runtime import Runtime
 from service.schemas import ClassifyAnswer, ModelInfo, ModelsAnswer, Status
 from service.settings import Settings
+from service.tracing import NOTHING, start_tracing
 
 PLAYGROUND = Path(__file__).with_name("playground.html").read_text(encoding="utf-8")
 # The page holds its own script and style, and talks to nobody but this service.
@@ -49,6 +50,7 @@ def create_app(settings: Settings, bundles: Sequence[Bundle] | None = None, make
 
     `bundles` and `make` let a test bring its own. Raises StartError.
     """
+    tracing = start_tracing(settings)
     runtime = Runtime(settings, load_bundles(settings) if bundles is None else bundles, make)
 
     @asynccontextmanager
@@ -56,6 +58,8 @@ def create_app(settings: Settings, bundles: Sequence[Bundle] | None = None, make
         runtime.start()
         yield
         await asyncio.to_thread(runtime.stop)
+        if tracing is not None:
+            await asyncio.to_thread(tracing.stop)
 
     # /docs is FastAPI's page: its script and style come from a public CDN, so the browser needs a way there.
     # /openapi.json, the playground and all else do not.
@@ -65,6 +69,7 @@ def create_app(settings: Settings, bundles: Sequence[Bundle] | None = None, make
         description="Text classification with a recurrent and a standard Transformer.",
         lifespan=lifespan,
         redoc_url=None,
+        telemetry=NOTHING if tracing is None else tracing.config,
         redirect_slashes=False,
         exception_handlers={RefrainError: on_refrain_error, HTTPException: on_http_exception, Exception: on_bug},
     )
@@ -76,6 +81,7 @@ def create_app(settings: Settings, bundles: Sequence[Bundle] | None = None, make
         direct={("POST", "/classify"): classify},
         metrics=runtime.metrics,
         api_keys=settings.api_keys,
+        traced=tracing is not None,
     )
     app.openapi = lambda: document(app, runtime)  # type: ignore[method-assign]  # FastAPI's documented way
     return app

@@ -18,6 +18,7 @@ from service.errors import Unauthorized
 from service.logs import Call, write_call
 from service.metrics import Metrics
 from service.problems import answer, problem_response
+from service.tracing import describe, name_span, trace_id
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/metrics"})  # probes and scrapes carry no key
 COUNTED_PATH = "/classify"
@@ -32,9 +33,12 @@ Direct = Mapping[tuple[str, str], Callable[[Request], Awaitable[Response]]]
 class Front:
     """Plain ASGI around the app: no task and no copy of the body is made, so a client's leaving stays visible."""
 
-    def __init__(self, app: ASGIApp, *, direct: Direct, metrics: Metrics, api_keys: Sequence[SecretStr]) -> None:
+    def __init__(
+        self, app: ASGIApp, *, direct: Direct, metrics: Metrics, api_keys: Sequence[SecretStr], traced: bool
+    ) -> None:
         self._app = app
         self._direct = direct
+        self._traced = traced
         self._metrics = metrics
         self._keys = [key.get_secret_value().encode() for key in api_keys]
 
@@ -45,11 +49,15 @@ class Front:
             return
         headers = Headers(scope=scope)
         call = Call(request_id(headers), scope["method"], scope["path"][:SHOWN_PATH], time.monotonic())
+        if self._traced or "traceparent" in headers:
+            call.trace_id = trace_id(headers)
         scope.setdefault("state", {})["call"] = call
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 call.code = message["status"]
+                if self._traced:
+                    describe(call)
                 MutableHeaders(scope=message)["x-request-id"] = call.id
             await send(message)
 
@@ -59,6 +67,8 @@ class Front:
                 denied.headers["www-authenticate"] = "Bearer"
                 await denied(scope, receive, send_with_id)
             elif endpoint := self._direct.get((call.method, call.path)):
+                if self._traced:
+                    name_span(call)
                 response = await answer(endpoint, Request(scope, receive))
                 await response(scope, receive, send_with_id)
             else:

@@ -22,6 +22,7 @@ class Call:
     started: float  # time.monotonic()
     code: int = 500  # stays so when no answer was begun
     error: str | None = None
+    trace_id: str | None = None
     task: str | None = None
     architecture: str | None = None
     texts: int | None = None
@@ -62,6 +63,7 @@ def write_call(call: Call) -> None:
         "path": call.path,
         "code": call.code,
         "error": call.error,
+        "trace_id": call.trace_id,
         "task": call.task,
         "architecture": call.architecture,
         "texts": call.texts,

@@ -102,6 +102,10 @@ class Settings(BaseSettings):
     drain_seconds: float = Field(default=30.0, ge=0, description="Longest wait for accepted requests at shutdown.")
     stuck_seconds: float = Field(default=30.0, gt=0, description="One batch that takes longer turns /healthz red.")
     api_keys: Secrets = Field(default=(), description="Accepted API keys, comma-separated; empty: no key is asked for.")
+    tracing: Literal["off", "otlp"] = Field(
+        default="off",
+        description="otlp: a span for each classification, sent to OTEL_EXPORTER_OTLP_ENDPOINT; needs the extra otel.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Least severe log line; debug adds probes and scrapes."
     )

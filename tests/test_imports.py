@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-NEVER_IN_THE_SERVICE = "torch onnx onnxscript accelerate datasets sklearn training model_export loadtest"
+NEVER_IN_THE_SERVICE = (
+    "torch onnx onnxscript accelerate datasets sklearn training model_export loadtest "
+    "opentelemetry.sdk"  # an extra
+)
 
 IMPORT_ALL = """
 import importlib, pkgutil, sys

@@ -9,7 +9,8 @@ import json
 import random
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
+from http.client import HTTPConnection
 from itertools import islice, repeat
 from typing import Any
 
@@ -155,6 +156,11 @@ def test_431_for_headers_that_are_too_large(served: Live, headers: bytes) -> Non
     assert_well(served)
 
 
+def test_431_before_too_many_headers_have_an_end(served: Live) -> None:
+    with served.send(GET + b"X-A: a\r\n" * 2 * HEADERS) as connection:
+        assert told(connection) == (431, "headers_too_large")
+
+
 def test_431_for_an_overlong_path(served: Live) -> None:
     with served.send(GET.replace(b"/healthz", b"/" + b"a" * 2 * HEAD_BYTES) + b"\r\n") as connection:
         assert told(connection) == (431, "headers_too_large")
@@ -192,6 +198,12 @@ def test_a_hundred_megabytes_are_refused_in_bounded_memory(
         assert reply(connection).status == status
     assert most < 25 * MEGABYTE
     assert_well(served)
+
+
+def test_a_client_that_sends_before_it_reads_sees_its_refusal(served: Live) -> None:
+    with closing(HTTPConnection("127.0.0.1", served.port, timeout=10)) as connection:
+        connection.request("POST", "/classify", bytes(16 * MEGABYTE))  # a reset would break this off
+        assert connection.getresponse().status == 413
 
 
 @pytest.mark.parametrize(
