@@ -1,5 +1,6 @@
 # Builds the image that serves, and with `--target loadtest` the image that loads it.
 # ACCELERATOR=cpu takes onnxruntime, ACCELERATOR=gpu takes onnxruntime-gpu with its CUDA libraries.
+# EXTRA=otel adds what REFRAIN_TRACING=otlp needs.
 ARG BASE_IMAGE=python:3.11-slim
 
 # Dependencies are read out of pyproject.toml, not by installing the project: this layer is rebuilt when they change,
@@ -15,8 +16,9 @@ RUN python -m venv --without-pip /opt/refrain
 
 FROM requirements AS service-dependencies
 ARG ACCELERATOR=cpu
+ARG EXTRA=
 RUN case "${ACCELERATOR}" in cpu|gpu) ;; *) echo "ACCELERATOR is cpu or gpu, not '${ACCELERATOR}'" >&2; exit 1 ;; esac
-RUN pip --python /opt/refrain/bin/python install -c constraints.txt -r core.txt -r "${ACCELERATOR}.txt" \
+RUN pip --python /opt/refrain/bin/python install -c constraints.txt -r core.txt -r "${ACCELERATOR}.txt" ${EXTRA:+-r "${EXTRA}.txt"} \
  && find /opt/refrain -type d -name tests -prune -exec rm -r {} +
 
 FROM requirements AS loadtest-dependencies
