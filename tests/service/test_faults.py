@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+from service import connections
 from service.connections import HEAD_BYTES, HEADERS, PIPELINED, RESERVE
 from tests.service.fakes import wait_until
 from tests.service.live import Live, classify_bytes, is_closed, live, replies, reply
@@ -93,6 +94,13 @@ def test_400_for_what_is_not_http(served: Live, sent: bytes) -> None:
         assert told(connection) == (400, "invalid_http")
     assert served.count("refrain_rejected_total", reason="invalid_http") == before + 1
     assert_well(served)
+
+
+def test_a_refusal_is_the_last_thing_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "LINGER_SECONDS", 60)
+    with live(body_seconds=0.2) as served, served.send(BROKEN["chunk longer than said"]) as connection:
+        assert told(connection) == (400, "invalid_http")
+        wait_until(lambda: served.count("refrain_requests_total", code="499", architecture="", task="") == 1)
 
 
 def test_what_is_broken_after_whole_requests_does_not_take_their_answers(served: Live) -> None:

@@ -6,6 +6,7 @@ import re
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -65,6 +66,7 @@ def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
         thread.start()
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector.server_port}")
         monkeypatch.setenv("NO_PROXY", "*")
+        monkeypatch.setenv("FASTAPI_OTEL_AUTO_CONFIGURE", "true")  # would send all that FastAPI has, on its own account
         try:
             yield collector
         finally:
@@ -177,12 +179,25 @@ def test_a_collector_that_hangs_holds_up_neither_requests_nor_the_end(
 ) -> None:
     monkeypatch.setattr(tracing, "FLUSH_SECONDS", 0.1)
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "10")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "60")
     collector.gate.clear()
-    with running(fake_app(tracing="otlp")) as client:
-        assert classify(client).status_code == 200
-        assert collector.came.wait(timeout=10)
-        assert [classify(client).status_code for _ in range(20)] == [200] * 20
-    assert collector.requests == []  # still hanging, and yet all is over
+
+    def serve() -> list[int]:
+        with running(fake_app(tracing="otlp")) as client:
+            codes = [classify(client).status_code]
+            assert collector.came.wait(timeout=10)
+            return codes + [classify(client).status_code for _ in range(20)]
+
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(serve).result(timeout=20) == [200] * 21
+        assert collector.requests == []  # still hanging, and yet all is over
+        collector.gate.set()
+
+
+def test_nothing_is_sent_unless_it_is_asked_for(collector: Collector) -> None:
+    with running(fake_app()) as client:
+        assert classify(client, traceparent=TRACEPARENT).status_code == 200
+    assert not collector.came.is_set()
 
 
 def test_where_opentelemetry_is_missing_the_start_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
