@@ -13,13 +13,13 @@ from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
-from service import __version__
+from service import __version__, inference_protocol
 from service.bundle import Bundle
 from service.classify import classify
 from service.errors import RefrainError
 from service.front import Front
 from service.loading import MakeEngine, Model, load_bundles, make_engine
-from service.openapi import BODY, document, problems
+from service.openapi import document, json_body, problems
 from service.problems import on_bug, on_http_exception, on_refrain_error
 from service.runtime import Runtime
 from service.schemas import ClassifyAnswer, ModelInfo, ModelsAnswer, Status
@@ -41,7 +41,7 @@ router.add_api_route(
     description="One result for each input, in order. A list is answered whole or refused whole.",
     response_model=ClassifyAnswer,
     responses=problems(400, 401, 404, 408, 413, 422, 429, 431, 500, 503, 504),
-    openapi_extra={"requestBody": BODY},
+    openapi_extra={"requestBody": json_body("ClassifyRequest")},
 )
 
 
@@ -75,6 +75,7 @@ def create_app(settings: Settings, bundles: Sequence[Bundle] | None = None, make
     )
     app.state.runtime = runtime
     app.include_router(router)
+    app.include_router(inference_protocol.router)
     # The front goes outside of the framework's own layers, and takes /classify past them: they are half of its time.
     app.middleware_stack = Front(
         app.build_middleware_stack(),

@@ -76,10 +76,15 @@ async def decide(asked: ClassifyRequest, request: Request) -> ClassifyAnswer:
 async def _read(request: Request, settings: Settings, call: Call) -> ClassifyRequest:
     body = await read_body(request, max_bytes=settings.max_body_bytes, seconds=settings.body_seconds)
     asked = parse_request(body)
-    call.texts = len(asked.texts)
-    if call.texts > settings.max_inputs:
-        raise TooManyInputs(f"At most {settings.max_inputs} inputs in one request.", limit=settings.max_inputs)
+    check_count(len(asked.texts), settings, call)
     return asked
+
+
+def check_count(texts: int, settings: Settings, call: Call) -> None:
+    """Note how many texts a request brings; raises TooManyInputs."""
+    call.texts = texts
+    if texts > settings.max_inputs:
+        raise TooManyInputs(f"At most {settings.max_inputs} inputs in one request.", limit=settings.max_inputs)
 
 
 async def _answer(asked: ClassifyRequest, model: Model, deadline: float, request: Request) -> ClassifyAnswer:

@@ -7,7 +7,8 @@ Exception
 │   ├── Unauthorized                 401 unauthorized
 │   ├── NotFound                     404 not_found
 │   │   ├── UnknownTask              404 unknown_task
-│   │   └── UnknownArchitecture      404 unknown_architecture
+│   │   ├── UnknownArchitecture      404 unknown_architecture
+│   │   └── UnknownModel             404 unknown_model
 │   ├── MethodNotAllowed             405 method_not_allowed
 │   ├── HeadersTooSlow               408 headers_too_slow
 │   ├── BodyTooSlow                  408 body_too_slow
@@ -15,7 +16,8 @@ Exception
 │   ├── TooManyInputs                413 too_many_inputs
 │   ├── InvalidRequest               422 invalid_request
 │   │   ├── InputEmpty               422 input_empty
-│   │   └── InputTooLong             422 input_too_long
+│   │   ├── InputTooLong             422 input_too_long
+│   │   └── InvalidTensor            422 invalid_tensor
 │   ├── QueueFull                    429 queue_full
 │   ├── HeadersTooLarge              431 headers_too_large
 │   ├── ClientGone                   499 client_gone (nobody is left to read it: for the log and the metrics)
@@ -78,6 +80,10 @@ class UnknownArchitecture(NotFound):
     code = "unknown_architecture"
 
 
+class UnknownModel(NotFound):
+    code = "unknown_model"
+
+
 class MethodNotAllowed(RefrainError):
     status, code = 405, "method_not_allowed"
 
@@ -111,6 +117,10 @@ class InputEmpty(InvalidRequest):
 
 class InputTooLong(InvalidRequest):
     code = "input_too_long"
+
+
+class InvalidTensor(InvalidRequest):
+    code = "invalid_tensor"
 
 
 class QueueFull(RefrainError):

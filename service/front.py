@@ -15,13 +15,13 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import Unauthorized
-from service.logs import Call, write_call
+from service.logs import QUIET_PATHS, Call, write_call
 from service.metrics import Metrics
 from service.problems import answer, problem_response
 from service.tracing import describe, name_span, trace_id
 
-OPEN_PATHS = frozenset({"/healthz", "/readyz", "/metrics"})  # probes and scrapes carry no key
-COUNTED_PATH = "/classify"
+OPEN_PATHS = QUIET_PATHS  # probes and scrapes carry no key
+COUNTED_PATHS = re.compile(r"/classify|/v2/models/[^/]+(/versions/[^/]+)?/infer")
 REJECTIONS = frozenset({429, 499, 503, 504})
 SANE_ID = re.compile(r"[!-~]{1,128}")
 SHOWN_PATH = 200  # characters of a path in the log
@@ -86,7 +86,7 @@ class Front:
 
     def _record(self, call: Call) -> None:
         call.timings_ms.setdefault("total", round((time.monotonic() - call.started) * 1000, 3))
-        if call.path == COUNTED_PATH:
+        if COUNTED_PATHS.fullmatch(call.path):
             self._metrics.requests.labels(str(call.code), call.architecture or "", call.task or "").inc()
             if call.code in REJECTIONS and call.error is not None:
                 self._metrics.rejected.labels(call.error).inc()

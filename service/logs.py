@@ -9,7 +9,8 @@ from typing import Any
 
 import structlog
 
-QUIET_PATHS = frozenset({"/healthz", "/readyz", "/metrics"})  # asked every few seconds: logged at debug only
+# Probes and scrapes: asked every few seconds, so logged at debug only.
+QUIET_PATHS = frozenset({"/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"})
 
 
 @dataclass(slots=True)

@@ -1,13 +1,16 @@
-"""The OpenAPI document's parts that FastAPI cannot know, since /classify reads its own body and errors are problems."""
+"""What FastAPI cannot know for the OpenAPI document: bodies that handlers read themselves, and errors, all problems."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
+from service.front import OPEN_PATHS
+from service.inference_schemas import InferRequest
 from service.problems import MEDIA_TYPE
 from service.runtime import Runtime
 from service.schemas import ClassifyRequest, Problem
@@ -15,7 +18,7 @@ from service.schemas import ClassifyRequest, Problem
 MEANINGS = {
     400: "The body is not JSON, or the request not HTTP/1.1.",
     401: "API keys are set, and none that came is right.",
-    404: "There is no such task or architecture; `available` names those there are.",
+    404: "There is no such task, architecture or model; `available` names those there are.",
     408: "The headers or the body came too slowly.",
     413: "The body or the list is too large.",
     422: "A field is wrong, an input is empty, or too long with `truncate: false`.",
@@ -27,7 +30,17 @@ MEANINGS = {
 }
 REF = "#/components/schemas/{model}"
 RETRY_AFTER = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}}
-BODY = {"required": True, "content": {"application/json": {"schema": {"$ref": REF.format(model="ClassifyRequest")}}}}
+
+
+def json_body(model: str) -> dict[str, Any]:
+    """Describe a body that the handler reads itself; `document` adds the model's schema."""
+    return {"required": True, "content": {"application/json": {"schema": {"$ref": REF.format(model=model)}}}}
+
+
+def path_parameters(path: str) -> list[dict[str, Any]]:
+    """Describe the parameters of a path whose handler reads them itself."""
+    names = re.findall(r"{(\w+)}", path)
+    return [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -40,7 +53,8 @@ def document(app: FastAPI, runtime: Runtime) -> dict[str, Any]:
     if app.openapi_schema is None:
         drawn = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         _, definitions = models_json_schema(
-            [(ClassifyRequest, "validation"), (Problem, "serialization")], ref_template=REF
+            [(ClassifyRequest, "validation"), (InferRequest, "validation"), (Problem, "serialization")],
+            ref_template=REF,
         )
         schemas = definitions["$defs"]
         properties = schemas["ClassifyRequest"]["properties"]
@@ -58,7 +72,7 @@ def _ask_for_keys(drawn: dict[str, Any]) -> None:
         "bearer": {"type": "http", "scheme": "bearer"},
         "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
     }
-    for path in ("/", "/classify", "/models"):
+    for path in drawn["paths"].keys() - OPEN_PATHS:
         for operation in drawn["paths"][path].values():
             operation["security"] = [{"bearer": []}, {"header": []}]
 

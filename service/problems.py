@@ -16,6 +16,7 @@ from service.errors import MethodNotAllowed, NotFound, RefrainError
 from service.logs import Call
 
 MEDIA_TYPE = "application/problem+json"
+INFERENCE_PROTOCOL = "/v2"
 
 
 def problem_response(error: RefrainError, call: Call) -> Response:
@@ -30,6 +31,8 @@ def problem_response(error: RefrainError, call: Call) -> Response:
         "id": call.id,
         **error.members,
     }
+    if call.path.startswith(INFERENCE_PROTOCOL) or not call.path:  # refused before its path was read
+        document["error"] = error.detail  # where that protocol's clients look
     headers = {"connection": "close"} if error.closes else {}
     if error.retry_after is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))  # whole seconds are all the header can say

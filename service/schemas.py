@@ -2,47 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 from pydantic_core import ErrorDetails
 
 from service.bundle import Calibration
-from service.errors import InputEmpty, InvalidJSON, InvalidRequest
+from service.errors import InputEmpty, InvalidJSON, InvalidRequest, RefrainError
 
 MAX_ITERATIONS = 16  # a recurrent model may run deeper than it was trained for, within reason
 SHOWN_PROBLEMS = 10  # of a request with more wrong fields than this, the first are named
 SHOWN_NAME = 40  # characters of an unknown field's name that an answer repeats
 
 
-def _whole(value: object) -> object:
+def whole(value: object) -> object:
     """JSON knows one kind of number, and to JSON Schema 2.0 is an integer."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Depth = Annotated[int, Field(ge=1, le=MAX_ITERATIONS), BeforeValidator(_whole)]
-Count = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
+Depth = Annotated[int, Field(ge=1, le=MAX_ITERATIONS), BeforeValidator(whole)]
+Count = Annotated[int, Field(ge=1), BeforeValidator(whole)]
 InputText = Annotated[str, WithJsonSchema({"type": "string", "pattern": r"[^\s]"})]
 
 
-class ClassifyRequest(BaseModel):
-    """One text or a list of texts, and how to classify them; `null` means the same as leaving a field out."""
+class Options(BaseModel):
+    """How to classify, whatever the protocol."""
 
-    model_config = ConfigDict(
-        strict=True,
-        extra="forbid",
-        frozen=True,
-        allow_inf_nan=False,
-        json_schema_extra={"example": {"inputs": "A wonderful film.", "task": "sentiment"}},
-    )
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
-    # fail_fast: a body of half a million wrong items must not cost half a million errors.
-    inputs: InputText | Annotated[list[InputText], Field(min_length=1, fail_fast=True)] = Field(
-        description="One text, or a list of texts. None may be empty or only blanks."
-    )
-    task: str | None = Field(None, description="What to decide. Default: the service's default task.")
-    architecture: str | None = Field(None, description="Which model answers. Default: the service's routing decides.")
     max_iterations: Depth | None = Field(
         None,
         description="Most passes of a recurrent model. Default: as it was trained. A baseline always takes one.",
@@ -58,12 +46,25 @@ class ClassifyRequest(BaseModel):
         False,
         description="Rather be answered with fewer iterations than wait long or miss the deadline; `degraded` tells.",
     )
-    top_k: Count | None = Field(None, description="How many of the best labels `scores` names. Default: all.")
     raw_scores: bool = Field(False, description="Answer with logits, uncalibrated, in place of probabilities.")
     truncate: bool = Field(True, description="Cut a text that is too long; false: refuse it.")
     deadline_ms: float | None = Field(
         None, gt=0, description="Time for the answer in milliseconds. The service's own limit holds if it is shorter."
     )
+
+
+class ClassifyRequest(Options):
+    """One text or a list of texts, and how to classify them; `null` means the same as leaving a field out."""
+
+    model_config = ConfigDict(json_schema_extra={"example": {"inputs": "A wonderful film.", "task": "sentiment"}})
+
+    # fail_fast: a body of half a million wrong items must not cost half a million errors.
+    inputs: InputText | Annotated[list[InputText], Field(min_length=1, fail_fast=True)] = Field(
+        description="One text, or a list of texts. None may be empty or only blanks."
+    )
+    task: str | None = Field(None, description="What to decide. Default: the service's default task.")
+    architecture: str | None = Field(None, description="Which model answers. Default: the service's routing decides.")
+    top_k: Count | None = Field(None, description="How many of the best labels `scores` names. Default: all.")
 
     @property
     def texts(self) -> list[str]:
@@ -153,14 +154,26 @@ def parse_request(body: bytes) -> ClassifyRequest:
     try:
         request = ClassifyRequest.model_validate_json(body)
     except ValidationError as error:
-        problems = error.errors(include_url=False, include_input=False)
-        if problems[0]["type"] == "json_invalid":
-            raise InvalidJSON(f"The body is not JSON: {problems[0]['msg'].removeprefix('Invalid JSON: ')}.") from None
-        raise InvalidRequest("The request has wrong fields.", errors=describe_problems(problems)) from None
-    for index, text in enumerate(request.texts):
+        raise refusal(error, describe_problems) from None
+    check_not_blank(request.texts)
+    return request
+
+
+def check_not_blank(texts: Sequence[str]) -> None:
+    """Raise InputEmpty for the first text that holds nothing."""
+    for index, text in enumerate(texts):
         if not text or text.isspace():
             raise InputEmpty(f"Input {index} is empty.", index=index)
-    return request
+
+
+def refusal(error: ValidationError, describe: Callable[[Sequence[ErrorDetails]], list[dict[str, str]]]) -> RefrainError:
+    """Say what is wrong with a body, the first wrong field in a sentence, `describe` naming them all."""
+    problems = error.errors(include_url=False, include_input=False)
+    if problems[0]["type"] == "json_invalid":
+        return InvalidJSON(f"The body is not JSON: {problems[0]['msg'].removeprefix('Invalid JSON: ')}.")
+    described = describe(problems)
+    first = f"{described[0]['field']}: {described[0]['problem']}"
+    return InvalidRequest(f"The request has wrong fields; {first}.", errors=described)
 
 
 def describe_problems(problems: Sequence[ErrorDetails]) -> list[dict[str, str]]:
