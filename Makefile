@@ -11,7 +11,7 @@ DATASET ?= sst2
 TASK ?= sentiment
 TRAIN_OPTIONS ?= --batch-size 64 --learning-rate 6e-4 --num-epochs 6 --mixed-precision bf16
 
-.PHONY: help serve test check format train export loadtest clean
+.PHONY: help serve test check format train export loadtest rules clean
 
 help: ## Say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -45,6 +45,15 @@ export: $(DEV)/ready ## Export both runs into models/
 
 loadtest: $(DEV)/ready ## Compare recurrent and baseline under load; writes docs/results/loadtest.*
 	$(DEV)/bin/python -m loadtest
+
+# One PrometheusRule for each rule file, whose text it holds as it is.
+RULE_HEAD := ---\napiVersion: monitoring.coreos.com/v1\nkind: PrometheusRule\nmetadata:\n  name: refrain-%s\nspec:\n
+rules: ## Write Kubernetes' PrometheusRules from monitoring/prometheus/rules
+	{ echo "# Written by \`make rules\` from monitoring/prometheus/rules: change those, and write this anew."; \
+		for file in monitoring/prometheus/rules/*.yml; do \
+			printf -- '$(RULE_HEAD)' "$$(basename $$file .yml)"; \
+			sed 's/^./  &/' $$file; \
+		done; } > k8s/components/monitoring/prometheusrules.yaml
 
 clean: ## Remove the environments and caches
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from service import inference_protocol
 from service.app import router
 from service.settings import PREFIX, Settings, load_settings
 
@@ -11,7 +12,8 @@ from service.settings import PREFIX, Settings, load_settings
 @pytest.fixture(scope="session")
 def served_paths() -> set[str]:
     """Every path that the application answers on."""
-    return {route.path for route in router.routes if hasattr(route, "path")}
+    routes = [*router.routes, *inference_protocol.router.routes]
+    return {route.path for route in routes if hasattr(route, "path")}
 
 
 @pytest.fixture(scope="session")

@@ -138,6 +138,13 @@ def test_the_job_is_called_as_in_compose() -> None:
             assert service["metadata"]["labels"][monitor["spec"]["jobLabel"]] in jobs
 
 
+def test_the_operator_gets_the_rules_that_prometheus_gets_elsewhere() -> None:
+    files = sorted((PROMETHEUS / "rules").glob("*.yml"))
+    rules = {f"refrain-{file.stem}": yaml.safe_load(file.read_text()) for file in files}
+    rendered = {name_of(rule): rule["spec"] for rule in of_kind(render("base + monitoring"), "PrometheusRule")}
+    assert rendered == rules, "write k8s/components/monitoring/prometheusrules.yaml anew: make rules"
+
+
 # GPU
 
 
@@ -161,6 +168,12 @@ def test_kserve_gets_the_deployment_s_pod_in_place_of_deployment_and_service() -
     env = [entry for entry in pod.container["env"] if entry["name"] != "PROTOCOL"]
     assert pod.spec | {"containers": [pod.container | {"name": "service", "env": env}]} == expected.spec
     assert pod.labels == expected.labels
+
+
+def test_kserve_is_told_of_a_protocol_that_is_spoken(served_paths: set[str]) -> None:
+    (pod,) = pods(render("base + kserve"))
+    (protocol,) = [entry["value"] for entry in pod.container["env"] if entry["name"] == "PROTOCOL"]
+    assert {f"/{protocol}/health/live", f"/{protocol}/health/ready"} <= served_paths
 
 
 def test_kserve_takes_over_what_other_components_changed() -> None:
