@@ -15,8 +15,8 @@ from tests.deploy.rendering import K8S, RENDERINGS, ROOT, Manifest, Pod, of_kind
 
 OLDEST, NEWEST = "1.25", "1.37"
 STOP_MARGIN = 10  # seconds: after the longest drain the process still joins its threads
-# What one process of the service holds idle, and what is there beside the processes.
-PROCESS_BYTES, SUPERVISOR_BYTES = 120e6, 40e6
+# What one process of the service holds, and what is there beside the processes.
+PROCESS_BYTES, SUPERVISOR_BYTES = 150e6, 40e6
 SELECTORS = {
     "Service": ("spec", "selector"),
     "Deployment": ("spec", "selector", "matchLabels"),
