@@ -24,6 +24,7 @@ from service.problems import on_bug, on_http_exception, on_refrain_error
 from service.runtime import Runtime
 from service.schemas import ClassifyAnswer, ModelInfo, ModelsAnswer, Status
 from service.settings import Settings
+from service.shadow import Shadows
 from service.tracing import NOTHING, start_tracing
 
 PLAYGROUND = Path(__file__).with_name("playground.html").read_text(encoding="utf-8")
@@ -74,6 +75,7 @@ def create_app(settings: Settings, bundles: Sequence[Bundle] | None = None, make
         exception_handlers={RefrainError: on_refrain_error, HTTPException: on_http_exception, Exception: on_bug},
     )
     app.state.runtime = runtime
+    app.state.shadows = Shadows(runtime)
     app.include_router(router)
     app.include_router(inference_protocol.router)
     # The front goes outside of the framework's own layers, and takes /classify past them: they are half of its time.

@@ -6,9 +6,9 @@ import asyncio
 import math
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -28,9 +28,13 @@ from service.errors import (
 from service.jobs import Answer, Job, Text
 from service.loading import Model
 from service.logs import Call
+from service.routing import Plan
 from service.runtime import Runtime
 from service.schemas import ClassifyAnswer, ClassifyRequest, Result, Timings, parse_request
 from service.settings import Settings
+
+if TYPE_CHECKING:
+    from service.shadow import Shadows
 
 # One thread: a megabyte of text takes 80 times that while it is cut into tokens, and so the next waits.
 _TOKENIZER_THREAD = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize")
@@ -45,6 +49,25 @@ class Encoded:
     truncated: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a model made of one text."""
+
+    model: Model
+    text: Encoded
+    answer: Answer
+    tokenize_seconds: float
+
+    def after(self, earlier: Outcome) -> Outcome:
+        """The same, with the time that the text spent on an earlier model."""
+        answer = replace(
+            self.answer,
+            queue_seconds=self.answer.queue_seconds + earlier.answer.queue_seconds,
+            inference_seconds=self.answer.inference_seconds + earlier.answer.inference_seconds,
+        )
+        return replace(self, answer=answer, tokenize_seconds=self.tokenize_seconds + earlier.tokenize_seconds)
+
+
 async def classify(request: Request) -> Response:
     """Answer POST /classify; raises RefrainError for every way that it can go wrong."""
     runtime: Runtime = request.app.state.runtime
@@ -55,21 +78,25 @@ async def classify(request: Request) -> Response:
 
 
 async def decide(asked: ClassifyRequest, request: Request) -> ClassifyAnswer:
-    """Choose a model and let it answer before the deadline; whatever the protocol, a request comes through here.
+    """Choose who answers, and let them before the deadline; whatever the protocol, a request comes through here.
 
     The caller holds `runtime.admitted()`, and has read the body to its end. Raises RefrainError.
     """
     runtime: Runtime = request.app.state.runtime
     call: Call = request.state.call
-    model = runtime.choose(asked.task, asked.architecture, call.id)
-    call.architecture, call.task = model.metric_labels
+    plan = runtime.choose(asked.task, asked.architecture, call.id, asked.routing_key)
+    call.architecture, call.task = plan.first.metric_labels
     deadline = call.started + min(asked.deadline_ms or math.inf, runtime.settings.deadline_ms) / 1000
     try:
         async with asyncio.timeout(deadline - time.monotonic()):
-            answer = await _answer(asked, model, deadline, request)
+            outcomes = await _follow(plan, asked, deadline, request)
     except TimeoutError:
         raise DeadlineExceeded from None
-    runtime.metrics.answered(model.metric_labels, call.timings_ms)
+    answer = _answer(asked, outcomes, call)
+    runtime.metrics.answered(plan.first.metric_labels, call.timings_ms)
+    if plan.shadow is not None:
+        shadows: Shadows = request.app.state.shadows
+        shadows.offer(plan.shadow, asked, outcomes)
     return answer
 
 
@@ -87,48 +114,86 @@ def check_count(texts: int, settings: Settings, call: Call) -> None:
         raise TooManyInputs(f"At most {settings.max_inputs} inputs in one request.", limit=settings.max_inputs)
 
 
-async def _answer(asked: ClassifyRequest, model: Model, deadline: float, request: Request) -> ClassifyAnswer:
+async def _follow(plan: Plan[Model], asked: ClassifyRequest, deadline: float, request: Request) -> list[Outcome]:
+    """Let the first model answer, and the second what the first is unsure of, each text by itself."""
+    outcomes = await _run(plan.first, asked, range(len(asked.texts)), deadline, request, sure=plan.threshold)
+    if plan.then is None:
+        return outcomes
+    # One that was cut short under load stays: to go on elsewhere would add to that load.
+    unsure = [
+        place
+        for place, outcome in enumerate(outcomes)
+        if not outcome.answer.degraded and max(probabilities(outcome.model, outcome.answer)) < plan.threshold
+    ]
+    if unsure:
+        for place, outcome in zip(unsure, await _run(plan.then, asked, unsure, deadline, request), strict=True):
+            outcomes[place] = outcome.after(outcomes[place])
+    request.state.call.passed_on = len(unsure)
+    request.app.state.runtime.metrics.decided(outcome.model.metric_labels for outcome in outcomes)
+    return outcomes
+
+
+async def _run(
+    model: Model,
+    asked: ClassifyRequest,
+    places: Sequence[int],
+    deadline: float,
+    request: Request,
+    *,
+    sure: float = 0.0,
+) -> list[Outcome]:
+    """Have one model answer the texts in these places; a failure of one is the whole list's."""
     call: Call = request.state.call
-    model.batcher.check_room(len(asked.texts))  # before tokenizing, which would be for nothing
+    model.batcher.check_room(len(places))  # before tokenizing, which would be for nothing
     started = time.monotonic()
-    encoded = await tokenize(model, asked)
+    encoded = await tokenize(model, asked, places)
     tokenize_seconds = time.monotonic() - started
-    call.tokens = sum(len(text.ids) for text in encoded)
-    job = model.batcher.submit(_texts(asked, model, encoded), deadline)
-    answers = _all_good(await _wait(job, request.receive))
-    results = [_result(asked, model, text, answer) for text, answer in zip(encoded, answers, strict=True)]
-    call.iterations = sum(answer.iterations for answer in answers)
+    call.tokens = (call.tokens or 0) + sum(len(text.ids) for text in encoded)
+    job = model.batcher.submit(texts_to_run(asked, model, encoded, sure), deadline)
+    results = zip(places, encoded, await _wait(job, request.receive), strict=True)
+    outcomes = [Outcome(model, text, _good(asked, place, result), tokenize_seconds) for place, text, result in results]
+    call.iterations = (call.iterations or 0) + sum(outcome.answer.iterations for outcome in outcomes)
+    return outcomes
+
+
+def _answer(asked: ClassifyRequest, outcomes: Sequence[Outcome], call: Call) -> ClassifyAnswer:
+    results = [_result(asked, outcome) for outcome in outcomes]
     timings = Timings(
-        tokenize=_ms(tokenize_seconds),
-        queue=_ms(max(answer.queue_seconds for answer in answers)),
-        inference=_ms(max(answer.inference_seconds for answer in answers)),
+        tokenize=_ms(max(outcome.tokenize_seconds for outcome in outcomes)),
+        queue=_ms(max(outcome.answer.queue_seconds for outcome in outcomes)),
+        inference=_ms(max(outcome.answer.inference_seconds for outcome in outcomes)),
         total=_ms(time.monotonic() - call.started),
     )
     call.timings_ms = timings.model_dump()
-    return ClassifyAnswer(id=call.id, task=model.manifest.task, results=results, timings_ms=timings)
+    return ClassifyAnswer(id=call.id, task=outcomes[0].model.manifest.task, results=results, timings_ms=timings)
 
 
-def _texts(asked: ClassifyRequest, model: Model, encoded: Sequence[Encoded]) -> list[Text]:
+def texts_to_run(asked: ClassifyRequest, model: Model, encoded: Sequence[Encoded], sure: float = 0.0) -> list[Text]:
+    """Say what each text asks of the batcher; none leaves early while it is less sure than `sure`."""
     iterations = asked.max_iterations or model.manifest.iterations
     depth = 1 if model.manifest.iterations == 1 else iterations  # a baseline has no second pass to offer
     calibrated = model.manifest.calibration.exit_threshold
     threshold = calibrated if asked.exit_threshold is None else asked.exit_threshold
+    threshold = None if threshold is None else max(threshold, sure)
     return [Text(text.ids, depth, threshold, asked.allow_fewer_iterations) for text in encoded]
 
 
-async def tokenize(model: Model, asked: ClassifyRequest) -> list[Encoded]:
-    """Turn texts into ids, cut to what the model takes; raises InputEmpty, and InputTooLong where no cut is wanted.
+async def tokenize(
+    model: Model, asked: ClassifyRequest, places: Sequence[int], thread: Executor | None = None
+) -> list[Encoded]:
+    """Turn the texts in these places into ids, cut to what the model takes; on `thread`, or wherever is quickest.
 
-    The class token comes first, so cutting the end keeps it.
+    The class token comes first, so cutting the end keeps it. Raises InputEmpty, and InputTooLong where no cut is
+    wanted.
     """
-    texts, limit = asked.texts, model.manifest.max_tokens
+    texts, limit = [asked.texts[place] for place in places], model.manifest.max_tokens
     encode = model.bundle.tokenizer.encode_batch_fast
-    if sum(map(len, texts)) <= INLINE_CHARACTERS:
+    if thread is None and sum(map(len, texts)) <= INLINE_CHARACTERS:
         encodings = encode(texts)
     else:
-        encodings = await asyncio.get_running_loop().run_in_executor(_TOKENIZER_THREAD, encode, texts)
+        encodings = await asyncio.get_running_loop().run_in_executor(thread or _TOKENIZER_THREAD, encode, texts)
     encoded = []
-    for index, encoding in enumerate(encodings):
+    for index, encoding in zip(places, encodings, strict=True):
         ids = encoding.ids
         if len(ids) <= 1:
             raise InputEmpty(f"Input {index} holds nothing but the class token once it is cut up.", index=index)
@@ -156,23 +221,20 @@ async def _wait(job: Job, receive: Receive) -> list[Answer | RefrainError]:
     return done.result()
 
 
-def _all_good(outcomes: Sequence[Answer | RefrainError]) -> list[Answer]:
-    """Pass answers on; one failure is the whole list's, and says which text it was."""
-    answers = []
-    for index, outcome in enumerate(outcomes):
-        if isinstance(outcome, InferenceFailed) and len(outcomes) > 1:
-            raise InferenceFailed(index) from outcome
-        if isinstance(outcome, RefrainError):
-            raise outcome
-        answers.append(outcome)
-    return answers
+def _good(asked: ClassifyRequest, place: int, result: Answer | RefrainError) -> Answer:
+    """Pass an answer on; a failure says which text of a list it was."""
+    if isinstance(result, InferenceFailed) and len(asked.texts) > 1:
+        raise InferenceFailed(place) from result
+    if isinstance(result, RefrainError):
+        raise result
+    return result
 
 
-def _result(asked: ClassifyRequest, model: Model, text: Encoded, answer: Answer) -> Result:
+def _result(asked: ClassifyRequest, outcome: Outcome) -> Result:
+    model, text, answer = outcome.model, outcome.text, outcome.answer
     labels = model.manifest.labels
-    logits = answer.logits.tolist()
-    temperature = temperature_after(model.manifest.calibration.temperatures, answer.iterations)
-    values = [round(value, 6) for value in (logits if asked.raw_scores else softmax(logits, temperature))]
+    scores = answer.logits.tolist() if asked.raw_scores else probabilities(model, answer)
+    values = [round(score, 6) for score in scores]
     ranked = sorted(range(len(labels)), key=values.__getitem__, reverse=True)
     shown = sorted(ranked[: asked.top_k])
     return Result(
@@ -186,6 +248,12 @@ def _result(asked: ClassifyRequest, model: Model, text: Encoded, answer: Answer)
         truncated=text.truncated,
         degraded=answer.degraded,
     )
+
+
+def probabilities(model: Model, answer: Answer) -> list[float]:
+    """Say how likely each label is, calibrated, in the order of the model's labels."""
+    temperature = temperature_after(model.manifest.calibration.temperatures, answer.iterations)
+    return softmax(answer.logits.tolist(), temperature)
 
 
 def softmax(logits: Sequence[float], temperature: float) -> list[float]:

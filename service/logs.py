@@ -29,6 +29,7 @@ class Call:
     texts: int | None = None
     tokens: int | None = None
     iterations: int | None = None
+    passed_on: int | None = None  # texts that a cascade's first model left to its second
     client_gone: bool = False
     timings_ms: dict[str, float] = field(default_factory=dict)
 
@@ -70,6 +71,7 @@ def write_call(call: Call) -> None:
         "texts": call.texts,
         "tokens": call.tokens,
         "iterations": call.iterations,
+        "passed_on": call.passed_on,
         "client_gone": call.client_gone or None,
     }
     line = {key: value for key, value in known.items() if value is not None}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal, get_args
 
 from prometheus_client import (
@@ -22,6 +22,7 @@ from service.jobs import Exit
 SECONDS = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 TEXTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 ITERATIONS = (1, 2, 3, 4, 6, 8, 12, 16)
+DIFFERENCES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 MODEL = ("architecture", "task")
 
 
@@ -70,6 +71,29 @@ class Metrics:
         self.exits = Counter(
             "refrain_exits", "Texts answered, by why they left.", ("reason", *MODEL), registry=registry
         )
+        # Whoever chooses a cascade's threshold: what share of the texts goes on to the second model.
+        self.cascade = Counter(
+            "refrain_cascade", "Texts of a cascade, by who answered.", ("decided_by", "task"), registry=registry
+        )
+        # Whoever decides whether the shadow may answer one day: does it say the same, and how long does it take?
+        # Its time is inference alone, to be held against that stage of those who answer: it waits for everybody.
+        self.shadow = Counter(
+            "refrain_shadow", "Texts that a shadow was to run.", ("result", *MODEL), registry=registry
+        )
+        self.shadow_difference = Histogram(
+            "refrain_shadow_score_difference",
+            "How far the shadow's probability of the answered label lies from the answer's.",
+            MODEL,
+            buckets=DIFFERENCES,
+            registry=registry,
+        )
+        self.shadow_duration = Histogram(
+            "refrain_shadow_duration_seconds",
+            "Time of a shadowed request in inference.",
+            MODEL,
+            buckets=SECONDS,
+            registry=registry,
+        )
         # Alerts on overload: requests turned away or given up.
         self.rejected = Counter("refrain_rejected", "Requests turned away, by reason.", ("reason",), registry=registry)
         # Whoever checks that nothing runs for those who left.
@@ -112,6 +136,11 @@ class Metrics:
                 self.request_duration.labels(*model).observe(milliseconds / 1000)
             else:
                 self.stage_duration.labels(stage, *model).observe(milliseconds / 1000)
+
+    def decided(self, models: Iterable[tuple[str, str]]) -> None:
+        """Count a cascade's texts by the (architecture, task) that answered each."""
+        for model in models:
+            self.cascade.labels(*model).inc()
 
 
 class ModelObserver:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from service.bundle import Bundle
 from service.engine_thread import EngineThread
@@ -21,7 +22,7 @@ from service.errors import (
 )
 from service.loading import MakeEngine, Model, load_model
 from service.metrics import Metrics
-from service.routing import build_policy
+from service.routing import Facts, Plan, build_policy
 from service.settings import Settings
 
 LINGER_SECONDS = 1.0  # after the last answer: kept-alive clients meet a 503 with `Connection: close`, not a reset
@@ -100,8 +101,10 @@ class Runtime:
             self._in_flight -= 1
             self._idle_since = time.monotonic()
 
-    def choose(self, task: str | None, architecture: str | None, key: str) -> Model:
-        """Find the model for a request, `key` being what a sticky policy sticks to.
+    def choose(self, task: str | None, architecture: str | None, request_id: str, key: str | None) -> Plan[Model]:
+        """Find the models for a request: the architecture that it names, or what the policy plans.
+
+        `key` is what a sticky policy sticks to, in place of the request's id.
 
         Raises InvalidRequest, UnknownTask, UnknownArchitecture, EngineDown.
         """
@@ -111,12 +114,22 @@ class Runtime:
             raise InvalidRequest("The request must name a task.", errors=[{"field": "task", "problem": problem}])
         if task not in self.architectures:
             raise UnknownTask("There is no such task.", available=sorted(self.architectures))
-        name = architecture if architecture is not None else self._policy(task, key)
-        if name not in self.architectures[task]:
+        if architecture is None:
+            plan = self._policy(Facts(task, request_id, key or request_id, partial(self._seconds_ahead, task)))
+        elif architecture in self.architectures[task]:
+            plan = Plan(architecture)
+        else:
             raise UnknownArchitecture("There is no such architecture.", available=sorted(self.architectures[task]))
         if not self.engine_thread.alive():
             raise EngineDown
-        return self.models[task, name]
+        return plan.resolve(lambda name: self.models[task, name])
+
+    def idle_seconds(self, now: float) -> float:
+        """Say for how long no accepted request has been in hand; 0 while one is."""
+        return 0.0 if self._in_flight else now - self._idle_since
+
+    def _seconds_ahead(self, task: str, name: str) -> float:
+        return self.models[task, name].batcher.backlog_seconds
 
     def drain(self) -> None:
         """Refuse new requests from now on; the first call counts."""

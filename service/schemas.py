@@ -64,6 +64,12 @@ class ClassifyRequest(Options):
     )
     task: str | None = Field(None, description="What to decide. Default: the service's default task.")
     architecture: str | None = Field(None, description="Which model answers. Default: the service's routing decides.")
+    routing_key: str | None = Field(
+        None,
+        min_length=1,
+        max_length=128,
+        description="Where routing splits requests, those with the same key are answered by the same model.",
+    )
     top_k: Count | None = Field(None, description="How many of the best labels `scores` names. Default: all.")
 
     @property

@@ -66,7 +66,8 @@ class Settings(BaseSettings):
     )
     routing: str = Field(
         default="fixed:recurrent",
-        description="Who answers a request that names no architecture: fixed:NAME or split:NAME=WEIGHT,NAME=WEIGHT.",
+        description="Who answers a request that names no architecture: fixed:NAME, split:NAME=WEIGHT,NAME=WEIGHT, "
+        "shadow:PRIMARY,SHADOW=SHARE, cascade:FIRST,SECOND=THRESHOLD or least-loaded:NAME,NAME.",
     )
     max_batch_tokens: int | None = Field(
         default=None,

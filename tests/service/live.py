@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from email.message import Message
 from http.client import HTTPConnection, parse_headers
 from typing import Any, NamedTuple
 
+from service.bundle import Bundle
 from service.server import Server, bind
 from tests.service.fakes import Fake, fake_app, fake_bundle, wait_until
 
@@ -86,8 +87,8 @@ def is_closed(connection: socket.socket) -> bool:
 
 
 @contextmanager
-def live(**settings: Any) -> Iterator[Live]:
-    fake = fake_app([fake_bundle()], **settings)
+def live(bundles: Sequence[Bundle] = (fake_bundle(),), **settings: Any) -> Iterator[Live]:
+    fake = fake_app(bundles, **settings)
     listener = bind("127.0.0.1", 0)
     server = Server(fake.app)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)

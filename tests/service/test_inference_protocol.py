@@ -95,7 +95,7 @@ def test_the_model_that_the_path_names_answers(client: TestClient) -> None:
 
 
 def test_every_choice_of_classify_is_a_parameter_but_what_the_path_or_the_outputs_say() -> None:
-    said_elsewhere = {"inputs", "task", "architecture", "top_k"}
+    said_elsewhere = {"inputs", "task", "architecture", "routing_key", "top_k"}
     assert (
         InferParameters.model_fields.keys() - {"binary_data_output"}
         == ClassifyRequest.model_fields.keys() - said_elsewhere

@@ -34,6 +34,17 @@ def test_a_drain_ends_a_little_after_the_last_answer() -> None:
             pass
 
 
+def test_it_is_idle_from_the_last_answer_on() -> None:
+    fake = fake_app()
+    runtime: Runtime = fake.app.state.runtime
+    with running(fake), ExitStack() as accepted:
+        for _ in range(2):
+            accepted.enter_context(runtime.admitted())
+        assert runtime.idle_seconds(time.monotonic() + 100) == 0
+        accepted.close()
+        assert 99 < runtime.idle_seconds(time.monotonic() + 100) <= 101
+
+
 def test_a_process_that_was_not_told_to_end_never_does() -> None:
     assert not fake_app().app.state.runtime.drained(time.monotonic() + 1e9)
 
