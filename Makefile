@@ -10,8 +10,10 @@ DATA := $(if $(DATA_DIR),--data-dir $(DATA_DIR))
 DATASET ?= sst2
 TASK ?= sentiment
 TRAIN_OPTIONS ?= --batch-size 64 --learning-rate 6e-4 --num-epochs 6 --mixed-precision bf16
+# Options of `make bench`; `python -m loadtest.bench --help` lists them.
+BENCH_OPTIONS ?=
 
-.PHONY: help serve test check format train export loadtest rules clean
+.PHONY: help serve test check format train export loadtest bench rules clean
 
 help: ## Say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -45,6 +47,9 @@ export: $(DEV)/ready ## Export both runs into models/
 
 loadtest: $(DEV)/ready ## Compare recurrent and baseline under load; writes docs/results/loadtest.*
 	$(DEV)/bin/python -m loadtest
+
+bench: $(DEV)/ready ## Measure the service against the raw runtime (BENCH_OPTIONS=--quick); writes docs/results/bench.*
+	$(DEV)/bin/python -m loadtest.bench $(BENCH_OPTIONS)
 
 # One PrometheusRule for each rule file, whose text it holds as it is.
 RULE_HEAD := ---\napiVersion: monitoring.coreos.com/v1\nkind: PrometheusRule\nmetadata:\n  name: refrain-%s\nspec:\n

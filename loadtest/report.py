@@ -41,11 +41,15 @@ ROWS = (
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure over the rounds of one architecture."""
+    """A figure over the rounds."""
 
     median: float
     low: float
     high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        return cls(median(values), min(values), max(values))
 
 
 Summary = dict[str, dict[str, Spread]]
@@ -59,7 +63,7 @@ def summarise(rounds: Sequence[Round]) -> Summary:
             own = (one.figures for one in rounds if one.architecture == architecture)
             values = [figures[row.figure] for figures in own if row.figure in figures]
             if values:
-                summary.setdefault(row.figure, {})[architecture] = Spread(median(values), min(values), max(values))
+                summary.setdefault(row.figure, {})[architecture] = Spread.of(values)
     return summary
 
 
@@ -70,18 +74,23 @@ def ratio(spreads: dict[str, Spread]) -> float | None:
 
 
 def table(rounds: Sequence[Round]) -> str:
-    """The comparison as a Markdown table whose columns also line up in a terminal."""
+    """The comparison as a Markdown table."""
     lines = [["", *ARCHITECTURES, "ratio"]]
     summary = summarise(rounds)
     for row in ROWS:
         if spreads := summary.get(row.figure):
             share = ratio(spreads)
-            cells = [_cell(spreads.get(architecture), row.unit) for architecture in ARCHITECTURES]
+            cells = [shown(spreads.get(architecture), row.unit) for architecture in ARCHITECTURES]
             lines.append([row.title, *cells, "-" if share is None else f"{share:.2f}"])
     lines.append(["failed requests", *(str(_failed(rounds, name)) for name in ARCHITECTURES), ""])
+    return grid(lines)
+
+
+def grid(lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of these lines, the first one its head, whose columns also line up in a terminal."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
+    ruled = [lines[0], ["-" * width for width in widths], *lines[1:]]
+    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in ruled)
 
 
 def notes(rounds: Sequence[Round], options: Options) -> list[str]:
@@ -168,7 +177,8 @@ def _model(rounds: Sequence[Round], architecture: str) -> str:
     return ", ".join(f"{name} {labels[name]}" for name in ("version", "precision", "provider") if name in labels)
 
 
-def _cell(spread: Spread | None, unit: float) -> str:
+def shown(spread: Spread | None, unit: float = 1.0) -> str:
+    """The median and, where they differ, the lowest and the highest, in this unit; a dash where there is nothing."""
     if spread is None:
         return "-"
     middle, low, high = (number(value / unit) for value in (spread.median, spread.low, spread.high))

@@ -47,14 +47,7 @@ def run(architecture: str, number: int, options: Options) -> Round:
             return _measure(options.host, architecture, number, options, folder)
         with target.service(architecture, options, folder / "service.log") as (url, process):
             measured = _measure(url, architecture, number, options, folder)
-            return replace(measured, stop_fault=_stop_fault(process, options.stop_timeout))
-
-
-def _stop_fault(process: subprocess.Popen[bytes], seconds: float) -> str | None:
-    status = target.stop(process, seconds)
-    if status is None:
-        return f"the service still ran {seconds:g} s after SIGTERM"
-    return f"the service ended with status {status} on SIGTERM, not 0" if status else None
+            return replace(measured, stop_fault=target.stop_fault(process, options.stop_timeout))
 
 
 def _measure(url: str, architecture: str, number: int, options: Options, folder: Path) -> Round:

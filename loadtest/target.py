@@ -1,17 +1,19 @@
 """The service under test: started and stopped as a process of its own, and asked over HTTP."""
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from itertools import cycle, islice
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import ProxyHandler, Request, build_opener
 
@@ -57,6 +59,16 @@ def scrape(url: str) -> Metrics | None:
         return Metrics([sample for family in text_string_to_metric_families(text) for sample in family.samples])
     except (OSError, HTTPException, ValueError):
         return None
+
+
+def models(url: str) -> list[dict[str, Any]]:
+    """What /models says of each loaded model; LoadTestError when it does not say it."""
+    try:
+        with _OPENER.open(f"{url}/models", timeout=_HTTP_SECONDS) as answer:
+            loaded: list[dict[str, Any]] = json.load(answer)["models"]
+    except (OSError, HTTPException, ValueError, LookupError) as error:
+        raise LoadTestError(f"{url}/models did not answer: {error}") from error
+    return loaded
 
 
 def is_ready(url: str) -> bool:
@@ -111,20 +123,23 @@ def _classify(url: str, body: bytes) -> None:
 
 
 @contextmanager
-def child(command: Sequence[str], log: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+def child(
+    command: Sequence[str], log: Path, environment: Mapping[str, str], *, piped: bool = False
+) -> Iterator[subprocess.Popen[bytes]]:
     """A process that never outlives the block, whatever ends it; both its outputs go to the log.
 
-    It gets a session of its own, so that Ctrl-C reaches us alone and we end it in order.
+    With `piped`, its input and its standard output are ours instead. It gets a session of its own, so that Ctrl-C
+    reaches us alone and we end it in order.
     """
     process = None
     try:
         with log.open("wb") as output, _uninterrupted():
             process = subprocess.Popen(
                 command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=os.environ | environment,
+                stdin=subprocess.PIPE if piped else subprocess.DEVNULL,
+                stdout=subprocess.PIPE if piped else output,
+                stderr=output,
+                env=os.environ | dict(environment),
                 start_new_session=True,
             )
         yield process
@@ -150,8 +165,13 @@ def _uninterrupted() -> Iterator[None]:
 
 
 @contextmanager
-def service(architecture: str, options: Options, log: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """The service with this architecture alone, ready, on a free loopback port: its URL and its process."""
+def service(
+    architecture: str, options: Options, log: Path, settings: Mapping[str, str] | None = None
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """The service with this architecture alone, ready, on a free loopback port: its URL and its process.
+
+    `settings` are further ones, by the names of their environment variables.
+    """
     port = free_port()
     environment = {
         "REFRAIN_ARCHITECTURES": architecture,
@@ -159,7 +179,7 @@ def service(architecture: str, options: Options, log: Path) -> Iterator[tuple[st
         "REFRAIN_HOST": "127.0.0.1",
         "REFRAIN_PORT": str(port),
         "REFRAIN_LOG_LEVEL": options.log_level,
-    }
+    } | dict(settings or {})
     url = f"http://127.0.0.1:{port}"
     with child([options.service_python, "-m", "service"], log, environment) as process:
         wait_ready(url, options.ready_timeout, process, log)
@@ -173,6 +193,14 @@ def stop(process: subprocess.Popen[bytes], seconds: float) -> int | None:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
         return None
+
+
+def stop_fault(process: subprocess.Popen[bytes], seconds: float) -> str | None:
+    """Stops the process as `stop` does; what was wrong with how it ended, None when nothing was."""
+    status = stop(process, seconds)
+    if status is None:
+        return f"the service still ran {seconds:g} s after SIGTERM"
+    return f"the service ended with status {status} on SIGTERM, not 0" if status else None
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -4,11 +4,15 @@ import gzip
 import json
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain, islice, repeat
 from math import log
 from pathlib import Path
+from typing import Any, TypeVar
 
 from loadtest.errors import LoadTestError
+
+Item = TypeVar("Item")
 
 COUNT = 2000
 MEDIAN_WORDS = 19
@@ -47,6 +51,14 @@ _OBJECTS = (
 _JOINTS = (", and", ", but", ", while", ", although", ", because", ";", ", so", ", yet", ".", ", where")
 
 
+@dataclass(frozen=True)
+class Sample:
+    """A text, and the right answer where the file says it: the label, or its place among the model's labels."""
+
+    text: str
+    label: str | int | None = None
+
+
 def load(path: Path | None, *, seed: int, mixed: bool) -> list[str]:
     """The texts of a load test: those of the file when there is one, else composed ones."""
     return read(path) if path else compose(COUNT, seed=seed, mixed=mixed)
@@ -61,8 +73,19 @@ def compose(count: int, *, seed: int, mixed: bool = False) -> list[str]:
     return [_text(_words(rng, mixed), rng) for _ in range(count)]
 
 
+def compose_reviews(count: int, *, seed: int) -> list[str]:
+    """`count` texts of 100 to 300 words, the same for the same seed."""
+    rng = random.Random(seed)
+    return [_text(rng.randint(*REVIEW_WORDS), rng) for _ in range(count)]
+
+
 def read(path: Path) -> list[str]:
-    """The texts of a file: one a line, or JSON Lines with "text"; blank lines are skipped.
+    """The texts of a file, as `read_samples` reads it."""
+    return [sample.text for sample in read_samples(path)]
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """The texts of a file: one a line, or JSON Lines with "text" and perhaps "label"; blank lines are skipped.
 
     LoadTestError names the file, and the line where it is one.
     """
@@ -71,37 +94,46 @@ def read(path: Path) -> list[str]:
     try:
         with opened(path, "rt", encoding="utf-8") as lines:
             numbered = ((number, line.strip()) for number, line in enumerate(lines, 1))
-            texts = [_json_text(line, path, number) if is_json else line for number, line in numbered if line]
+            filled = ((number, line) for number, line in numbered if line)
+            samples = [_json_sample(line, path, number) if is_json else Sample(line) for number, line in filled]
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise LoadTestError(f"{path} cannot be read as UTF-8 text: {error}") from error
-    if not texts:
+    if not samples:
         raise LoadTestError(f"{path} holds no text")
-    return texts
+    return samples
 
 
-def request_bodies(texts: Sequence[str], *, list_size: int, architecture: str, task: str) -> list[bytes]:
+def request_bodies(
+    texts: Sequence[str], *, list_size: int, architecture: str, task: str, exit_threshold: float = 1
+) -> list[bytes]:
     """JSON bodies for POST /classify that together send every text, `list_size` texts each (the last one filled up).
 
-    A list size of 1 sends the bare text, as most callers do. No text leaves early: what is compared is a fixed depth.
+    A list size of 1 sends the bare text, as most callers do. Unless told, no text leaves early.
     """
-    count = -(-len(texts) // list_size)
-    endless = chain.from_iterable(repeat(texts))
-    return [_body(list(islice(endless, list_size)), architecture, task) for _ in range(count)]
+    fields = {"architecture": architecture, "task": task, "exit_threshold": exit_threshold}
+    return [_body(chunk, fields) for chunk in chunks(texts, list_size)]
 
 
-def _body(texts: list[str], architecture: str, task: str) -> bytes:
+def chunks(items: Sequence[Item], size: int) -> list[list[Item]]:
+    """The items in order, `size` at a time; the last part is filled up from the first items on."""
+    endless = chain.from_iterable(repeat(items))
+    return [list(islice(endless, size)) for _ in range(-(-len(items) // size))]
+
+
+def _body(texts: list[str], fields: dict[str, Any]) -> bytes:
     inputs = texts[0] if len(texts) == 1 else texts
-    return json.dumps({"inputs": inputs, "architecture": architecture, "task": task, "exit_threshold": 1}).encode()
+    return json.dumps({"inputs": inputs} | fields).encode()
 
 
-def _json_text(line: str, path: Path, number: int) -> str:
+def _json_sample(line: str, path: Path, number: int) -> Sample:
     try:
-        text = json.loads(line)["text"]
+        fields = json.loads(line)
+        text, label = fields["text"], fields.get("label")
     except (ValueError, TypeError, KeyError):
-        text = None
+        text = label = None
     if not isinstance(text, str) or not text.strip():
         raise LoadTestError(f'{path}, line {number}: not a JSON object with a "text" that has one')
-    return text
+    return Sample(text, label if isinstance(label, str | int) else None)
 
 
 def _words(rng: random.Random, mixed: bool) -> int:

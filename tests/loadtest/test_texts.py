@@ -67,8 +67,8 @@ def test_a_bad_file_is_refused_with_its_line(tmp_path: Path, content: bytes, com
 
 def test_bodies_send_every_text_in_order_and_fill_up_the_last() -> None:
     single = [json.loads(body) for body in request_bodies(["a", "b"], list_size=1, architecture="baseline", task="t")]
-    asked = {"architecture": "baseline", "task": "t", "exit_threshold": 1}  # never early: a fixed depth is compared
-    assert single == [{"inputs": text} | asked for text in ("a", "b")]
+    fields = {"architecture": "baseline", "task": "t", "exit_threshold": 1}
+    assert single == [{"inputs": text} | fields for text in ("a", "b")]
     lists = request_bodies(["a", "b", "c"], list_size=2, architecture="baseline", task="t")
     assert [json.loads(body)["inputs"] for body in lists] == [["a", "b"], ["c", "a"]]
     (long,) = request_bodies(["a", "b"], list_size=5, architecture="baseline", task="t")
