@@ -287,7 +287,7 @@ async def drive(job: dict[str, Any]) -> dict[str, Any]:
         "seconds": seconds,
         "sent": len(due),
         "recordings": [asdict(traffic.recording) for traffic in traffics],
-        "per_second": [traffics[0].per_second.get(second, 0) for second in range(int(seconds))],
+        "per_second": [traffics[0].per_second.get(second, 0) for second in range(math.ceil(seconds))],
         "service_cpu_seconds": list(used.values()),
     }
 

@@ -12,6 +12,8 @@ from loadtest.bench.processes import Memory
 from loadtest.bench.subject import Target
 
 TIMES_CAPACITY = 2.0
+_CONNECTIONS = 64
+"""Enough to keep every process busy."""
 _TURNED_AWAY = "HTTP 429"
 
 
@@ -58,7 +60,7 @@ def growth(samples: Sequence[tuple[float, float]]) -> float:
 def measure(mode: ModeName, subject: Target, options: BenchOptions, folder: Path) -> Overload:
     """Capacity, overload, capacity again; a closed loop of so many connections that all batches are full."""
     threshold = cells.threshold(mode, subject, options)
-    closed = cells.traffic(subject, subject.short, max(options.connections), 1, threshold)
+    closed = cells.traffic(subject, subject.short, max(_CONNECTIONS, *options.connections), 1, threshold)
     seconds = max(options.seconds, options.overload / 20)
     before = _rate(cells.drive(subject, [closed], options, folder / "capacity-before", seconds=seconds))
     arrivals = TIMES_CAPACITY * before

@@ -14,7 +14,7 @@ _SAMPLE_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a process tree. `rss` counts what processes share once for each of them, `pss` once in all."""
+    """Bytes of a process tree. Of a shared page `rss` counts the whole for each process, `pss` each one's part."""
 
     rss: int = 0
     pss: int = 0

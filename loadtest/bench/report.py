@@ -78,8 +78,9 @@ def as_markdown(results: Results, options: BenchOptions, about: dict[str, str]) 
         memory_table(results),
         *(["## Overload", overload_table(results.overload)] if results.overload else []),
         "\n".join(f"- {note}" for note in notes(results)),
-        "Medians over the rounds, in brackets the lowest and the highest. MB are 10^6 bytes; PSS counts pages that "
-        "processes share once in all, RSS once for each.",
+        "Medians over the rounds, in brackets the lowest and the highest. MB are 10^6 bytes; RSS counts pages that "
+        "processes share once for each of them; PSS divides them among all, those of the other service and of the load "
+        "generator included.",
         "![throughput, latency, CPU time](bench.png)",
         f"Made by `{command(options)}`",
     ]

@@ -102,7 +102,7 @@ def _started(
         short, long = (
             answer(model, some, options, folder / f"answers-{architecture}") for some in (samples.short, samples.long)
         )
-        yield Target(architecture, url, process.pid, model, short, long, idle)
+        yield Target(architecture, url, process.pid, model, short, long, idle, peak=idle)
         _stop(process, architecture, options, results)
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -136,4 +136,4 @@ class Target:
     short: Answered
     long: Answered
     idle: Memory
-    peak: Memory = field(default_factory=Memory)
+    peak: Memory
