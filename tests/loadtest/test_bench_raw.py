@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from loadtest.bench import workers
-from loadtest.bench.raw import RawModel, answers, batches, calls
+from loadtest.bench.raw import RawModel, answers, batches, calls, has_vnni
 from loadtest.errors import LoadTestError
 from tests import tiny
 
@@ -70,6 +70,15 @@ def test_temperatures_of_the_bundle_make_the_probabilities(
     first, second = answers(RawModel(tmp_path, "int8", "cpu"), job(texts=TEXTS[:1]))[0]["scores"]
     assert first == pytest.approx([0.5, 0.5], abs=1e-4)
     assert max(second) > 0.51
+
+
+@pytest.mark.parametrize(
+    ("flags", "has"), [("avx2 avx512_vnni", True), ("avx2 avx_vnni", True), ("avx2 vnniless", False)]
+)
+def test_the_exact_kernel_is_asked_for_where_the_fast_one_is_not_exact(tmp_path: Path, flags: str, has: bool) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: fpu sse2 {flags} fma\n")
+    assert has_vnni(tmp_path / "cpuinfo") == has
+    assert not has_vnni(tmp_path / "nothing")
 
 
 def test_every_batch_runs_even_when_there_is_no_time(recurrent: RawModel, monkeypatch: pytest.MonkeyPatch) -> None:
