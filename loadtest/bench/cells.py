@@ -144,10 +144,14 @@ def traffic(
 
 @dataclass(frozen=True)
 class Seen:
-    """What the load generator saw: one recording for each kind of traffic, times in seconds."""
+    """What the load generator saw: one recording for each kind of traffic, times in seconds.
+
+    `sent` of open arrivals; `late` are right answers after the measured time.
+    """
 
     seconds: float
     sent: int
+    late: int
     recordings: list[Recording]
     per_second: list[int]
     service_cpu_seconds: list[float]

@@ -75,6 +75,8 @@ class Traffic:
         self.recording = Recording()
         self.per_second: dict[int, int] = {}
         """Right answers, by the second of the measured time that they came in."""
+        self.late = 0
+        """Right answers that came after the measured time."""
 
 
 class Load:
@@ -95,7 +97,9 @@ class Load:
         self.in_flight -= 1
         if wrong is not None or self.begin <= now < self.end:
             traffic.recording.add(began, 1000 * (now - began), wrong)
-        if wrong is None and self.begin <= now < self.end:
+        if wrong is None and now >= self.end:
+            traffic.late += 1
+        elif wrong is None and now >= self.begin:
             second = int(now - self.begin)
             traffic.per_second[second] = traffic.per_second.get(second, 0) + 1
 
@@ -286,6 +290,7 @@ async def drive(job: dict[str, Any]) -> dict[str, Any]:
     return {
         "seconds": seconds,
         "sent": len(due),
+        "late": sum(traffic.late for traffic in traffics),
         "recordings": [asdict(traffic.recording) for traffic in traffics],
         "per_second": [traffics[0].per_second.get(second, 0) for second in range(math.ceil(seconds))],
         "service_cpu_seconds": list(used.values()),

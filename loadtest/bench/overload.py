@@ -28,12 +28,19 @@ class Overload:
     arrivals_per_second: float
     sent: int
     answered: int
+    late: int
+    """Answers that came when the measured time was over, and do not count as goodput."""
     turned_away: int
     unexpected: dict[str, int]
     """Every other way that a request ended: errors, wrong answers, none at all."""
     figures: dict[str, float]
     per_second: list[int]
     memory: list[tuple[float, Memory]]
+
+    @property
+    def lost(self) -> int:
+        """Requests of which nothing is known: none, unless the load generator is wrong."""
+        return self.sent - self.answered - self.late - self.turned_away - sum(self.unexpected.values())
 
     @property
     def goodput(self) -> float:
@@ -87,6 +94,7 @@ def judged(mode: ModeName, before: float, after: float, arrivals: float, seen: S
         arrivals_per_second=arrivals,
         sent=seen.sent,
         answered=seen.answered,
+        late=seen.late,
         turned_away=sum(refused.values()),
         unexpected={reason: count for reason, count in failures.items() if reason not in refused},
         figures=cells.load_figures(seen, 1),

@@ -164,7 +164,8 @@ def overload_table(one: Overload) -> str:
         "goodput, requests/s": number(one.goodput),
         "goodput / capacity": number(one.of_capacity),
         "turned away with 429": f"{one.turned_away / one.sent:.1%}" if one.sent else "-",
-        "ended in any other way": str(sum(one.unexpected.values())),
+        "answered once the time was over": str(one.late),
+        "ended in any other way, lost": f"{sum(one.unexpected.values())}, {one.lost}",
         "p50 and p99 of answers, from when they were due, ms": " and ".join(
             number(answered[name]) for name in ("p50_ms", "p99_ms") if name in answered
         ),
@@ -198,5 +199,10 @@ def _comparison_json(comparison: Comparison) -> dict[str, dict[str, dict[str, fl
 def _overload_json(one: Overload | None) -> dict[str, object] | None:
     if not one:
         return None
-    derived = {"goodput": one.goodput, "of_capacity": one.of_capacity, "memory_growth": one.memory_growth}
+    derived = {
+        "goodput": one.goodput,
+        "of_capacity": one.of_capacity,
+        "memory_growth": one.memory_growth,
+        "lost": one.lost,
+    }
     return asdict(one) | derived

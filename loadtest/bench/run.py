@@ -55,7 +55,7 @@ class Results:
     def sound(self) -> bool:
         """Whether every request was answered rightly, but for those that overload may turn away."""
         failed = any(one.failures for one in self.measured)
-        return not (failed or self.faults or (self.overload and self.overload.unexpected))
+        return not (failed or self.faults or (self.overload and (self.overload.unexpected or self.overload.lost)))
 
 
 def run(options: BenchOptions, folder: Path) -> Results:

@@ -23,7 +23,7 @@ def test_a_short_run_measures_everything_and_every_answer_is_right(
 ) -> None:
     texts = data_dir / tiny.DATASET / "validation.jsonl"
     ended = bench(
-        models_dir, tmp_path, "--texts", str(texts), "--modes", "early-exit", "--connections", "1",
+        models_dir, tmp_path, "--texts", str(texts), "--modes", "early-exit", "--connections", "2",
         "--mixed-connections", "4", "--list-size", "4", "--overload", "0.3",
     )  # fmt: skip
     assert ended.returncode == 0, ended.stdout + ended.stderr
@@ -41,6 +41,7 @@ def test_a_short_run_measures_everything_and_every_answer_is_right(
     assert content["memory"]["recurrent"]["model"] > 0
     assert content["overload"]["sent"] > 0
     assert content["overload"]["unexpected"] == {}
+    assert content["overload"]["lost"] == 0
     assert "texts/s, of raw: lists" in content["against_raw"]
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
     assert str(tmp_path) not in (tmp_path / "bench.md").read_text() + json.dumps(content)

@@ -130,7 +130,7 @@ def overloaded(**failures: int) -> overload.Overload:
         milliseconds=[5.0] * 80, failures={name.replace("_", " "): count for name, count in failures.items()}
     )
     memory = [(float(second), Memory(0, 100 + (second if second > 50 else 0))) for second in range(101)]
-    return judged("recurrent", 8.0, 12.0, 16.0, Seen(10.0, 160, [recording], [8] * 10, [1.0], memory))
+    return judged("recurrent", 8.0, 12.0, 16.0, Seen(10.0, 165, 5, [recording], [8] * 10, [1.0], memory))
 
 
 def test_overload_is_judged_by_what_is_answered_and_by_how_the_rest_ended() -> None:
@@ -138,9 +138,12 @@ def test_overload_is_judged_by_what_is_answered_and_by_how_the_rest_ended() -> N
     assert (one.goodput, one.of_capacity, one.turned_away) == (8.0, 0.8, 79)
     assert one.unexpected == {"HTTP 504 deadline": 1}
     assert not replace(RESULTS, overload=one).sound
+    assert one.lost == 0
     assert replace(RESULTS, overload=overloaded(HTTP_429_queue_full=80)).sound
+    lost = overloaded(HTTP_429_queue_full=79)
+    assert (lost.lost, replace(RESULTS, overload=lost).sound) == (1, False)
     table = report.overload_table(one)
-    assert row(table, "turned away with 429") == ["49.4%"]
+    assert row(table, "turned away with 429") == ["47.9%"]
     assert row(table, "goodput / capacity") == ["0.800"]
     assert "overload: 1 requests: HTTP 504 deadline" in report.notes(replace(RESULTS, overload=one))
 
