@@ -30,11 +30,12 @@ BACKGROUND_PART = 4
 
 @dataclass(frozen=True)
 class Limits:
-    """What a batcher may take on: `batch_tokens` in one batch, padding counted; the others wait at most."""
+    """What a batcher may take on: `batch_tokens` in one batch, padding counted; the others are of what waits."""
 
     batch_tokens: int
     queue_texts: int
     queue_tokens: int
+    queue_seconds: float = math.inf
     brown_out_seconds: float = math.inf
     """Texts that may be cut are, once the queue takes this long."""
 
@@ -85,7 +86,7 @@ class Batcher:
     @property
     def backlog_seconds(self) -> float:
         """How long the engine needs for what waits, at its measured pace."""
-        return self._pace.of_work(self._foreground.work)
+        return self._pace.seconds(admitted=self._foreground.admitted)
 
     def start(self) -> None:
         """Begins to run what is submitted."""
@@ -100,12 +101,18 @@ class Batcher:
             self._refuse(Draining)
         self._thread.remove(self)
 
-    def check_room(self, texts: int, tokens: int = 0) -> None:
-        """QueueFull where that many do not fit now, with the seconds after which they should."""
-        excess_texts = len(self._foreground.texts) + texts - self._limits.queue_texts
-        excess_tokens = self._foreground.tokens + tokens - self._limits.queue_tokens
-        if excess_texts > 0 or excess_tokens > 0:
-            raise QueueFull(max(self._pace.of_texts(excess_texts), self._pace.of_work(excess_tokens)))
+    def check_room(self, texts: int, tokens: int, deadline: float) -> None:
+        """QueueFull where that many do not fit now, with the seconds after which they should.
+
+        Nor does anything where what waits would take longer than the queue may, or half of the time that is left.
+        """
+        limits = self._limits
+        patience = max(0.0, min(limits.queue_seconds, (deadline - time.monotonic()) / 2))
+        excess_texts = len(self._foreground.texts) + texts - limits.queue_texts
+        excess_tokens = self._foreground.tokens + tokens - limits.queue_tokens
+        excess_seconds = self.backlog_seconds - patience
+        if excess_texts > 0 or excess_tokens > 0 or excess_seconds > 0:
+            raise QueueFull(max(excess_seconds, self._pace.seconds(admitted=excess_tokens, texts=excess_texts)))
 
     def submit(self, texts: Sequence[Text], deadline: float, *, background: bool = False) -> Job:
         """Queues all the texts or none; `deadline` is on the clock of `time.monotonic`.
@@ -122,9 +129,11 @@ class Batcher:
             if self._stopping:
                 raise Draining
             if not background:
-                self.check_room(len(texts), sum(len(text.ids) for text in texts))
+                self.check_room(len(texts), sum(len(text.ids) for text in texts), deadline)
             elif len(pool.texts) + len(texts) > LOOKAHEAD:
                 raise QueueFull(self.backlog_seconds)
+            if not self._foreground.texts:
+                self._pace.starts(now)
             for text in texts:
                 waiting = Waiting(self._arrivals, text, self, pool, job, now, deadline)
                 job.texts.append(waiting)
@@ -155,7 +164,8 @@ class Batcher:
         ended = time.monotonic()
         self._note_progress(batch, began, ended)
         done = self._judge_all(batch, outcomes, ended)
-        self._pace.saw(ended - began, sum(waiting.turn for waiting in batch), len(done))
+        if leader.pool is self._foreground:
+            self._pace.saw([waiting for waiting, _ in done], ended)
         self._finish(done)
 
     def give_up(self) -> None:
@@ -201,13 +211,12 @@ class Batcher:
         return [logits_C if np.isfinite(logits_C).all() else InferenceFailed() for logits_C in logits_BC]
 
     def _note_progress(self, batch: Sequence[Waiting], began: float, ended: float) -> None:
-        with self._changed:
-            for waiting in batch:
-                if waiting.started is None:
-                    waiting.started = waiting.stepped = began
-                self._iteration_seconds += (1 - MEMORY) * (ended - waiting.stepped - self._iteration_seconds)
-                waiting.stepped = ended
-                waiting.pool.iterated(waiting)
+        for waiting in batch:
+            if waiting.started is None:
+                waiting.started = waiting.stepped = began
+            self._iteration_seconds += (1 - MEMORY) * (ended - waiting.stepped - self._iteration_seconds)
+            waiting.stepped = ended
+            waiting.iterations += 1
 
     def _judge_all(
         self, batch: Sequence[Waiting], outcomes: Sequence[FloatArray | InferenceFailed], now: float

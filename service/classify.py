@@ -144,7 +144,7 @@ async def _run(
 ) -> list[Outcome]:
     """Have one model answer the texts in these places; a failure of one is the whole list's."""
     call: Call = request.state.call
-    model.batcher.check_room(len(places))  # before tokenizing, which would be for nothing
+    model.batcher.check_room(len(places), 0, deadline)  # before tokenizing, which would be for nothing
     started = time.monotonic()
     encoded = await tokenize(model, asked, places)
     tokenize_seconds = time.monotonic() - started

@@ -97,11 +97,20 @@ def _session_options(threads: int) -> ort.SessionOptions:
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors: what it warns of (a cast it inserts) is by design
     options.enable_mem_pattern = False  # a pattern is kept for every shape met, and our shapes never end
-    # Without VNNI instructions the fast 8-bit kernel saturates its sums; this asks for the one that does not.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if not has_vnni():  # without, the fast 8-bit kernel saturates its sums; this asks for the one that does not
+        options.add_session_config_entry("session.x64quantprecision", "1")
     # Idle threads must not spin: the interpreter and the other engines need the cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
+
+
+def has_vnni(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the CPU multiplies 8-bit numbers without saturating; no where it does not say."""
+    try:
+        words = set(cpuinfo.read_text(encoding="utf-8").split())
+    except OSError:
+        return False
+    return not words.isdisjoint({"avx512_vnni", "avx_vnni"})
 
 
 def choose_provider(asked: Provider, available: Sequence[str]) -> Literal["cpu", "cuda"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass
@@ -113,6 +113,11 @@ class Waiting:
         """What it may still ask of the engine, in tokens."""
         return (self.text.max_iterations - self.iterations) * self.turn
 
+    @property
+    def admitted(self) -> int:
+        """What it might have asked when it came."""
+        return self.text.max_iterations * self.turn
+
 
 class Pool:
     """Texts in order of arrival, and how much they are."""
@@ -120,45 +125,46 @@ class Pool:
     def __init__(self) -> None:
         self.texts: dict[int, Waiting] = {}
         self.tokens = 0
-        self.work = 0
+        self.admitted = 0
 
     def add(self, waiting: Waiting) -> None:
         """Takes a text in."""
         self.texts[waiting.number] = waiting
         self.tokens += waiting.length
-        self.work += waiting.work
+        self.admitted += waiting.admitted
 
     def remove(self, waiting: Waiting) -> bool:
         """Lets a text go; False if it has gone already."""
         if self.texts.pop(waiting.number, None) is None:
             return False
         self.tokens -= waiting.length
-        self.work -= waiting.work
+        self.admitted -= waiting.admitted
         return True
-
-    def iterated(self, waiting: Waiting) -> None:
-        """Counts one iteration of a text, whether it is still here or not."""
-        if waiting.number in self.texts:
-            self.work -= waiting.turn
-        waiting.iterations += 1
 
 
 class Pace:
-    """How fast an engine has run lately."""
+    """How fast texts have lately been done, whatever else took the thread meanwhile.
+
+    What counts of a text is what it was admitted with, so that early exits, too, show as a faster pace.
+    """
 
     def __init__(self) -> None:
-        self._seconds = self._work = self._texts = 0.0
+        self._seconds = self._admitted = self._texts = 0.0
+        self._since = 0.0
 
-    def saw(self, seconds: float, work: int, texts: int) -> None:
-        """Counts a turn, in which that many texts were done, more than those before it."""
-        self._seconds = MEMORY * self._seconds + seconds
-        self._work = MEMORY * self._work + work
-        self._texts = MEMORY * self._texts + texts
+    def starts(self, now: float) -> None:
+        """There is something to do again."""
+        self._since = now
 
-    def of_work(self, work: int) -> float:
-        """Seconds that so much work takes; 0 as long as nothing was measured."""
-        return work * self._seconds / self._work if self._work > 0 else 0.0
+    def saw(self, done: Sequence[Waiting], now: float) -> None:
+        """Counts a turn that ends now and finished these texts; it counts more than those before it."""
+        self._seconds = MEMORY * self._seconds + now - self._since
+        self._admitted = MEMORY * self._admitted + sum(waiting.admitted for waiting in done)
+        self._texts = MEMORY * self._texts + len(done)
+        self._since = now
 
-    def of_texts(self, texts: int) -> float:
-        """Seconds in which so many texts are done; 0 as long as none was."""
-        return texts * self._seconds / self._texts if self._texts > 0 else 0.0
+    def seconds(self, *, admitted: int = 0, texts: int = 0) -> float:
+        """How long so much takes, the longer of both; 0 as long as nothing was done."""
+        if not self._texts:
+            return 0.0
+        return self._seconds * max(admitted / self._admitted, texts / self._texts)

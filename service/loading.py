@@ -87,6 +87,7 @@ def load_model(bundle: Bundle, settings: Settings, metrics: Metrics, thread: Eng
         batch_tokens=settings.max_batch_tokens or BATCH_TOKENS[engine.provider],
         queue_texts=settings.max_queue,
         queue_tokens=settings.max_queue_tokens,
+        queue_seconds=settings.max_queue_ms / 1000,
         brown_out_seconds=settings.brown_out_ms / 1000,
     )
     batcher = Batcher(

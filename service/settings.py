@@ -76,6 +76,9 @@ class Settings(BaseSettings):
     )
     max_queue: int = Field(default=1024, ge=1, description="Most texts waiting for one model; more get 429.")
     max_queue_tokens: int = Field(default=131_072, ge=1, description="Most tokens waiting for one model; more get 429.")
+    max_queue_ms: int = Field(
+        default=2_000, gt=0, description="Longest that what waits for one model may take, as measured; more get 429."
+    )
     brown_out_ms: int = Field(
         default=200,
         ge=0,

@@ -103,11 +103,12 @@ def running(
     batch_tokens: int = 2048,
     queue_texts: int = 100,
     queue_tokens: int = 100_000,
+    queue_seconds: float = 1000.0,
     brown_out_seconds: float = SECONDS,
     temperatures: Sequence[float] = (1.0,),
 ) -> Iterator[Setup]:
     engine, seen, thread = engine or FakeEngine(), Recorder(), EngineThread(stuck_seconds=stuck_seconds)
-    limits = Limits(batch_tokens, queue_texts, queue_tokens, brown_out_seconds)
+    limits = Limits(batch_tokens, queue_texts, queue_tokens, queue_seconds, brown_out_seconds)
     batcher = Batcher(engine, thread, limits=limits, observer=seen, temperatures=temperatures)
     thread.start()
     batcher.start()
@@ -225,26 +226,18 @@ def test_a_list_is_taken_whole_or_not_at_all() -> None:
         assert setup.batcher.queue_depth == 3
         last = setup.submit(text(5))
         with pytest.raises(QueueFull):
-            setup.batcher.check_room(1)
+            setup.batcher.check_room(1, 1, time.monotonic() + SECONDS)
         setup.release()
         answers(last)
         answers(setup.submit(*(text(n) for n in range(4))))
 
 
 def test_retry_after_grows_with_the_excess_and_shrinks_with_the_pace() -> None:
-    class Slow(FakeEngine):
-        pause = 0.0
-
-        def step(self, hidden: Sequence[FloatArray]) -> tuple[list[FloatArray], FloatArray]:
-            time.sleep(self.pause)
-            return super().step(hidden)
-
     def hints(pause: float) -> tuple[float, float]:
         engine = Slow()
         engine.pause = pause
         with running(engine, queue_texts=2) as setup:
-            for _ in range(8):
-                answers(setup.submit(text(1)))
+            learn(setup)
             found = []
             for texts in (3, 12):
                 with pytest.raises(QueueFull) as caught:
@@ -429,6 +422,58 @@ def test_the_queue_is_bounded_in_tokens_too() -> None:
         answers(setup.submit(text(*range(10))))
 
 
+class Slow(FakeEngine):
+    """An engine that takes its time."""
+
+    pause = 0.05
+
+    def step(self, hidden: Sequence[FloatArray]) -> tuple[list[FloatArray], FloatArray]:
+        time.sleep(self.pause)
+        return super().step(hidden)
+
+
+def learn(setup: Setup) -> None:
+    """Lets the batcher measure how long a text takes."""
+    for _ in range(8):
+        answers(setup.submit(text(1)))
+
+
+def test_the_queue_is_bounded_in_measured_time_too() -> None:
+    with running(Slow(), queue_seconds=0.2, queue_texts=10_000) as setup:
+        learn(setup)
+        setup.hold()
+        setup.submit(*[text(1)] * 20)  # a second and more
+        with pytest.raises(QueueFull) as caught:
+            setup.submit(text(2))
+        assert caught.value.retry_after is not None
+        assert caught.value.retry_after > 0.5
+        setup.release()
+        wait_until(lambda: setup.batcher.queue_depth == 0)
+        answers(setup.submit(*[text(1)] * 20))  # whatever a list takes by itself, an empty queue takes it
+
+
+def test_who_would_hardly_be_answered_in_time_is_refused_at_once() -> None:
+    with running(Slow(), queue_texts=10_000) as setup:
+        learn(setup)
+        setup.hold()
+        setup.submit(*[text(1)] * 20)
+        with pytest.raises(QueueFull):
+            setup.submit(text(2), seconds=0.5)
+        setup.submit(text(2), seconds=600)
+
+
+def test_early_exits_show_in_the_pace() -> None:
+    def backlog(threshold: float) -> float:
+        with running(Slow()) as setup:
+            for _ in range(8):
+                answers(setup.submit(text(1, iterations=4, threshold=threshold)))
+            setup.hold()
+            setup.submit(*[text(1, iterations=4, threshold=threshold)] * 10)
+            return setup.batcher.backlog_seconds
+
+    assert backlog(threshold=0.01) < backlog(threshold=1.0) / 2
+
+
 def test_the_observer_always_knows_the_depth() -> None:
     with running() as setup:
         setup.hold()
@@ -456,11 +501,6 @@ def test_a_short_queue_cuts_nobody() -> None:
 
 
 def test_who_allows_it_is_answered_before_its_deadline_with_what_there_is() -> None:
-    class Slow(FakeEngine):
-        def step(self, hidden: Sequence[FloatArray]) -> tuple[list[FloatArray], FloatArray]:
-            time.sleep(0.05)
-            return super().step(hidden)
-
     with running(Slow(), brown_out_seconds=1000.0) as setup:
         for _ in range(30):  # the time of an iteration is learnt
             answers(setup.submit(text(1)))
