@@ -147,7 +147,7 @@ def conditions(options: Options) -> str:
     """The load and the machine in one sentence each."""
     lengths = "film-review sentences, a tenth reviews of 100 to 300 words" if options.mixed else "film-review sentences"
     sent = f"texts of {options.texts.name}" if options.texts else f"texts as long as {lengths}"
-    own = "One running service" if options.host else "One process with one architecture at a time, beside the generator"
+    own = "One running service" if options.host else "One service with one architecture at a time, beside the generator"
     return (
         f"{options.rounds} rounds of {options.duration} s for each, alternating; {options.load()}; {sent}. "
         f"{own}. {machine()}."

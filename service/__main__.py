@@ -1,4 +1,4 @@
-"""python -m service: settings, bundles, socket, then serve until told to stop; says in one line why it cannot."""
+"""python -m service: settings, port, processes, until told to stop; says in one line why it cannot."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ def main() -> int:
     """Run the service; the answer is the process's exit status."""
     # As a container's first process it would not be ended by a SIGTERM that comes during the imports and the loading.
     signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload
     from service.settings import describe_settings, load_settings
 
     argparse.ArgumentParser(
@@ -37,22 +38,16 @@ def main() -> int:
 
 def serve(settings: Settings) -> None:
     """Serve until a signal; raises StartError when that cannot be, also when the models fail to load."""
-    import structlog
+    import asyncio
 
-    from service.app import create_app
     from service.logs import configure_logs
-    from service.runtime import Runtime
-    from service.server import Server, bind
+    from service.metrics import shared_metrics
+    from service.sockets import reserve
+    from service.supervisor import Supervisor
 
     configure_logs(settings.log_level)
-    app = create_app(settings)
-    with bind(settings.host, settings.port) as listener:
-        host, port = listener.getsockname()[:2]
-        structlog.get_logger().info("listening", host=host, port=port)
-        Server(app).run([listener])
-    runtime: Runtime = app.state.runtime
-    if runtime.failure is not None:
-        raise runtime.failure
+    with reserve(settings.host, settings.port) as port, shared_metrics("supervisor") as directory:
+        asyncio.run(Supervisor(settings, port.getsockname()[1], directory).run())
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,13 @@ from starlette.exceptions import HTTPException
 from service import __version__, inference_protocol
 from service.bundle import Bundle
 from service.classify import classify
-from service.errors import RefrainError
+from service.errors import RefrainError, ReloadForbidden
 from service.front import Front
 from service.loading import MakeEngine, Model, load_bundles, make_engine
 from service.openapi import document, json_body, problems
 from service.problems import on_bug, on_http_exception, on_refrain_error
 from service.runtime import Runtime
-from service.schemas import ClassifyAnswer, ModelInfo, ModelsAnswer, Status
+from service.schemas import ClassifyAnswer, ModelInfo, ModelsAnswer, ReloadAnswer, Status
 from service.settings import Settings
 from service.shadow import Shadows
 from service.tracing import NOTHING, start_tracing
@@ -32,6 +34,8 @@ PLAYGROUND = Path(__file__).with_name("playground.html").read_text(encoding="utf
 PLAYGROUND_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'"
 )
+# One thread: whoever asks during a reload waits for its end.
+_RELOAD_THREAD = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reload")
 
 router = APIRouter()
 router.add_api_route(
@@ -46,13 +50,19 @@ router.add_api_route(
 )
 
 
-def create_app(settings: Settings, bundles: Sequence[Bundle] | None = None, make: MakeEngine = make_engine) -> FastAPI:
+def create_app(
+    settings: Settings,
+    bundles: Sequence[Bundle] | None = None,
+    make: MakeEngine = make_engine,
+    on_reload: Callable[[], None] = lambda: None,
+) -> FastAPI:
     """Put the service together; bundles are read and verified here, engines load once the app has started.
 
-    `bundles` and `make` let a test bring its own. Raises StartError.
+    `bundles` and `make` let a test bring its own; `on_reload` is called when a reload was asked for and went well.
+    Raises StartError.
     """
     tracing = start_tracing(settings)
-    runtime = Runtime(settings, load_bundles(settings) if bundles is None else bundles, make)
+    runtime = Runtime(settings, lambda: load_bundles(settings) if bundles is None else list(bundles), make)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -76,6 +86,7 @@ def create_app(settings: Settings, bundles: Sequence[Bundle] | None = None, make
     )
     app.state.runtime = runtime
     app.state.shadows = Shadows(runtime)
+    app.state.on_reload = on_reload
     app.include_router(router)
     app.include_router(inference_protocol.router)
     # The front goes outside of the framework's own layers, and takes /classify past them: they are half of its time.
@@ -109,10 +120,24 @@ async def models(request: Request) -> ModelsAnswer:
     runtime = _runtime(request)
     runtime.check_open()
     return ModelsAnswer(
-        default_task=runtime.default_task,
+        default_task=runtime.serving.default_task,
         routing=runtime.settings.routing,
-        models=[_describe(model) for _, model in sorted(runtime.models.items())],
+        models=[_describe(model) for _, model in sorted(runtime.serving.models.items())],
     )
+
+
+@router.post("/reload", summary="Load the bundles again", responses=problems(401, 403, 409, 503))
+async def reload(request: Request) -> ReloadAnswer:
+    """Answer once what the models directory holds now is served here; the other processes follow.
+
+    The models that it replaces finish what they have begun. When anything is wrong with it, nothing changes.
+    """
+    runtime = _runtime(request)
+    if not runtime.settings.api_keys:
+        raise ReloadForbidden
+    changed = await asyncio.get_running_loop().run_in_executor(_RELOAD_THREAD, runtime.reload)
+    request.app.state.on_reload()
+    return ReloadAnswer(**asdict(changed))
 
 
 @router.head("/healthz", include_in_schema=False)
@@ -127,16 +152,15 @@ async def healthz(request: Request) -> Status:
 @router.get("/readyz", summary="Ready", responses=problems(503))
 async def readyz(request: Request) -> Status:
     """Answer 200 while requests are welcome: not while starting, and not from the first moment of shutdown."""
-    runtime = _runtime(request)
-    runtime.check_alive()
-    runtime.check_open()
+    _runtime(request).check_ready()
     return Status(status="ready")
 
 
 @router.get("/metrics", summary="Metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Answer in Prometheus' text format."""
-    return Response(_runtime(request).metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+    exposition = await asyncio.to_thread(_runtime(request).metrics.exposition)
+    return Response(exposition, media_type=CONTENT_TYPE_LATEST)
 
 
 def _describe(model: Model) -> ModelInfo:

@@ -66,6 +66,13 @@ class EngineThread:
         stuck = began is not None and time.monotonic() - began > self._stuck_seconds
         return self._thread.is_alive() and not self._dead and not stuck
 
+    def give_up(self) -> None:
+        """Refuses what waits and what is in the present turn, for good: the thread has died or hangs."""
+        with self.changed:
+            self._dead = True
+            for batcher in self._batchers:
+                batcher.give_up()
+
     def end(self, timeout: float) -> None:
         """Ends the thread after its turn, waiting for up to `timeout` seconds."""
         with self.changed:
@@ -82,10 +89,7 @@ class EngineThread:
                 del turn, leader, candidates  # an idle thread must not keep the last texts and their engine alive
         except BaseException:
             structlog.get_logger().exception("the engine thread died")
-            with self.changed:
-                self._dead = True
-                for batcher in self._batchers:
-                    batcher.give_up()
+            self.give_up()
             raise
 
     def _next_turn(self) -> tuple[Waiting, Sequence[Waiting]] | None:

@@ -5,6 +5,7 @@ Exception
 │   ├── InvalidHTTP                  400 invalid_http
 │   ├── InvalidJSON                  400 invalid_json
 │   ├── Unauthorized                 401 unauthorized
+│   ├── ReloadForbidden              403 reload_forbidden
 │   ├── NotFound                     404 not_found
 │   │   ├── UnknownTask              404 unknown_task
 │   │   ├── UnknownArchitecture      404 unknown_architecture
@@ -12,6 +13,7 @@ Exception
 │   ├── MethodNotAllowed             405 method_not_allowed
 │   ├── HeadersTooSlow               408 headers_too_slow
 │   ├── BodyTooSlow                  408 body_too_slow
+│   ├── ReloadFailed                 409 reload_failed
 │   ├── BodyTooLarge                 413 body_too_large
 │   ├── TooManyInputs                413 too_many_inputs
 │   ├── InvalidRequest               422 invalid_request
@@ -68,6 +70,13 @@ class Unauthorized(RefrainError):
     status, code = 401, "unauthorized"
 
 
+class ReloadForbidden(RefrainError):
+    status, code = 403, "reload_forbidden"
+
+    def __init__(self) -> None:
+        super().__init__("Without API keys nobody may reload over HTTP: set REFRAIN_API_KEYS, or send SIGHUP.")
+
+
 class NotFound(RefrainError):
     status, code = 404, "not_found"
 
@@ -97,6 +106,13 @@ class HeadersTooSlow(RefrainError):
 
 class BodyTooSlow(RefrainError):
     status, code, closes = 408, "body_too_slow", True
+
+
+class ReloadFailed(RefrainError):
+    status, code = 409, "reload_failed"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"Nothing was changed: {reason}")
 
 
 class BodyTooLarge(RefrainError):

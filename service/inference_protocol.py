@@ -54,7 +54,7 @@ async def live(request: Request) -> Live:
 @router.get("/health/ready", summary="Ready", responses=problems(503))
 async def ready(request: Request) -> Ready:
     """Answer 200 while requests are welcome, as /readyz does."""
-    _check_ready(request)
+    _runtime(request).check_ready()
     return Ready()
 
 
@@ -79,7 +79,7 @@ async def metadata(request: Request) -> ModelMetadata:
 
 async def model_ready(request: Request) -> ModelReady:
     """Answer 200 while requests to this model are welcome."""
-    _check_ready(request)
+    _runtime(request).check_ready()
     return ModelReady(name=find_model(request).manifest.name)
 
 
@@ -99,7 +99,7 @@ async def infer(request: Request) -> Response:
 
 def find_model(request: Request) -> Model:
     """Find the model that the path names, and its version if it names one; raises UnknownModel."""
-    models = {model.manifest.name: model for model in _runtime(request).models.values()}
+    models = {model.manifest.name: model for model in _runtime(request).serving.models.values()}
     model = models.get(request.path_params["name"])
     if model is None:
         raise UnknownModel(f"There is no such model; there are {', '.join(sorted(models))}.", available=sorted(models))
@@ -146,12 +146,6 @@ def _tensor(name: OutputName, results: list[Result], binary: bool) -> tuple[Outp
         data=None if binary else values,
     )
     return tensor, data
-
-
-def _check_ready(request: Request) -> None:
-    runtime = _runtime(request)
-    runtime.check_alive()
-    runtime.check_open()
 
 
 def _runtime(request: Request) -> Runtime:

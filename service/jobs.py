@@ -8,11 +8,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from service.engine import FloatArray
 from service.errors import RefrainError
 
 if TYPE_CHECKING:
     from service.batcher import Batcher
+    from service.engine import FloatArray
 
 CALL_TOKENS = 6
 """What a call of the engine costs besides its tokens, in tokens: padding below that is cheaper than a second call."""

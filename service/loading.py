@@ -77,7 +77,7 @@ def make_engine(bundle: Bundle, settings: Settings) -> Engine | DeviceEngine:
 
 
 def load_model(bundle: Bundle, settings: Settings, metrics: Metrics, thread: EngineThread, make: MakeEngine) -> Model:
-    """Open a bundle, run it once over short and long texts, and show it in the metrics; its batcher is not started."""
+    """Open a bundle and run it once over short and long texts; its batcher is not started."""
     started = time.monotonic()
     engine = make(bundle, settings)
     for length in sorted({min(length, bundle.manifest.max_tokens) for length in (*WARM_UP_LENGTHS, 1 << 30)}):
@@ -96,14 +96,6 @@ def load_model(bundle: Bundle, settings: Settings, metrics: Metrics, thread: Eng
         limits=limits,
         observer=ModelObserver(metrics, labels),
         temperatures=bundle.manifest.calibration.temperatures,
-    )
-    metrics.loaded(
-        labels,
-        version=bundle.manifest.version,
-        precision=engine.precision,
-        provider=engine.provider,
-        size=engine.model_bytes,
-        parameters=bundle.manifest.parameters,
     )
     seconds = round(time.monotonic() - started, 3)
     structlog.get_logger().info(

@@ -1,9 +1,14 @@
-"""Every metric in one file, each with who reads it; one registry for each app."""
+"""Every metric in one file, each with who reads it; whichever process is asked, the answer is for all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Literal, get_args
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -15,15 +20,60 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
     generate_latest,
+    values,
 )
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.values import MultiProcessValue
 
+from service.errors import StartError
 from service.jobs import Exit
+from service.process_tree import ProcessTree
+
+if TYPE_CHECKING:
+    from service.loading import Model
 
 SECONDS = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 TEXTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 ITERATIONS = (1, 2, 3, 4, 6, 8, 12, 16)
 DIFFERENCES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 MODEL = ("architecture", "task")
+MEMORY = "/dev/shm"  # noqa: S108  # a directory of our own is made in it
+DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's own name for where processes put their values
+
+
+def share_metrics(name: str) -> None:
+    """Keep the values of all metrics made from now on in files of that name in DIRECTORY, where others find them.
+
+    Whoever takes the place of a dead process takes its name too, and goes on from its values: counters never fall.
+    """
+    values.ValueClass = MultiProcessValue(lambda: name)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def shared_metrics(name: str) -> Iterator[Path]:
+    """Make and name DIRECTORY for this process and those that it starts; it is gone in the end. Raises StartError."""
+    try:  # in memory where it can be: often the only place to write in a container
+        directory = tempfile.mkdtemp(prefix="refrain-", dir=MEMORY if os.access(MEMORY, os.W_OK) else None)
+    except OSError as error:
+        raise StartError(f"there is no directory to write metrics to, neither {MEMORY} nor TMPDIR: {error}") from None
+    os.environ[DIRECTORY] = directory
+    share_metrics(name)
+    try:
+        yield Path(directory)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+class SupervisorMetrics:
+    """What only the supervisor knows."""
+
+    def __init__(self) -> None:
+        registry = CollectorRegistry()
+        # Alerts: fewer than asked for, and a process that does not live.
+        self.processes = Gauge(
+            "refrain_processes", "Processes that are ready.", multiprocess_mode="livesum", registry=registry
+        )
+        self.restarts = Counter("refrain_process_restarts", "Processes that were replaced.", registry=registry)
 
 
 class Metrics:
@@ -32,9 +82,11 @@ class Metrics:
     def __init__(self) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a series beside every counter that nobody reads
         self.registry = registry = CollectorRegistry()
-        ProcessCollector(registry=registry)
-        PlatformCollector(registry=registry)
-        GCCollector(registry=registry)
+        self._shown = _over_processes(Path(os.environ[DIRECTORY])) if DIRECTORY in os.environ else registry
+        PlatformCollector(registry=self._shown)
+        if self._shown is registry:
+            ProcessCollector(registry=registry)
+            GCCollector(registry=registry)
         # Alerts on the share of errors; an architecture or task that was never decided is empty.
         self.requests = Counter("refrain_requests", "Classifications by status.", ("code", *MODEL), registry=registry)
         # Alerts and dashboards of latency. Refusals are left out: they are fast just when the service is not.
@@ -53,9 +105,13 @@ class Metrics:
             buckets=SECONDS,
             registry=registry,
         )
-        # The autoscaler.
+        # The autoscaler. As of all gauges, what a dead process held is not counted.
         self.queue_depth = Gauge(
-            "refrain_queue_depth", "Texts waiting or between iterations.", MODEL, registry=registry
+            "refrain_queue_depth",
+            "Texts waiting or between iterations.",
+            MODEL,
+            multiprocess_mode="livesum",
+            registry=registry,
         )
         # Whoever tunes REFRAIN_MAX_BATCH_TOKENS: how full batches are, and how much of them is padding.
         self.batch_texts = Histogram(
@@ -104,30 +160,47 @@ class Metrics:
             registry=registry,
         )
         # The comparison of architectures, and which version a replica runs.
-        self.model_memory = Gauge("refrain_model_memory_bytes", "Bytes of the loaded graphs.", MODEL, registry=registry)
-        self.model_parameters = Gauge("refrain_model_parameters", "Parameters, all counted.", MODEL, registry=registry)
-        self.model_info = Gauge(
-            "refrain_model_info", "Always 1.", ("version", "precision", "provider", *MODEL), registry=registry
+        self.model_memory = Gauge(  # each process holds its own
+            "refrain_model_memory_bytes",
+            "Bytes of the loaded graphs, in all processes.",
+            MODEL,
+            multiprocess_mode="livesum",
+            registry=registry,
+        )
+        self.model_parameters = Gauge(  # the same in each
+            "refrain_model_parameters",
+            "Parameters, all counted.",
+            MODEL,
+            multiprocess_mode="livemax",
+            registry=registry,
+        )
+        self.model_info = Gauge(  # while a reload goes round, both versions have 1
+            "refrain_model_info",
+            "1 for what is loaded, 0 for what was.",
+            ("version", "precision", "provider", *MODEL),
+            multiprocess_mode="livemax",
+            registry=registry,
         )
 
     def exposition(self) -> bytes:
-        """Write everything in Prometheus' text format."""
-        return generate_latest(self.registry)
+        """Write everything in Prometheus' text format; takes milliseconds, so not on the event loop."""
+        return generate_latest(self._shown)
 
-    def loaded(
-        self,
-        model: tuple[str, str],
-        *,
-        version: str,
-        precision: str,
-        provider: str,
-        size: int,
-        parameters: int,
-    ) -> None:
-        """Show a loaded model; `model` is (architecture, task), `size` in bytes."""
-        self.model_memory.labels(*model).set(size)
-        self.model_parameters.labels(*model).set(parameters)
-        self.model_info.labels(version, precision, provider, *model).set(1)
+    def loaded(self, model: Model) -> None:
+        """Show what is loaded."""
+        self.model_memory.labels(*model.metric_labels).set(model.engine.model_bytes)
+        self.model_parameters.labels(*model.metric_labels).set(model.manifest.parameters)
+        self._info(model).set(1)
+
+    def unloaded(self, model: Model) -> None:
+        """Show what has gone: at 0, since files that processes share forget no label."""
+        self.model_memory.labels(*model.metric_labels).set(0)
+        self.model_parameters.labels(*model.metric_labels).set(0)
+        self._info(model).set(0)
+
+    def _info(self, model: Model) -> Gauge:
+        engine = model.engine
+        return self.model_info.labels(model.manifest.version, engine.precision, engine.provider, *model.metric_labels)
 
     def answered(self, model: tuple[str, str], timings_ms: Mapping[str, float]) -> None:
         """Take one answered request's times: `total`, and each stage by its name."""
@@ -153,6 +226,7 @@ class ModelObserver:
         self._iterations = metrics.iterations.labels(*model)
         self._exits = {reason: metrics.exits.labels(reason, *model) for reason in get_args(Exit)}
         self._queue_depth = metrics.queue_depth.labels(*model)
+        self._queued = 0
         self._dropped = {reason: metrics.dropped.labels(reason, *model) for reason in ("deadline", "client")}
 
     def batch(self, texts: int, real_tokens: int, padding_tokens: int) -> None:
@@ -162,8 +236,9 @@ class ModelObserver:
         self._padding.inc(padding_tokens)
 
     def queued(self, texts: int) -> None:
-        """Show how many texts wait."""
-        self._queue_depth.set(texts)
+        """Show how many texts wait, beside those of a model that this one takes over from; one thread at a time."""
+        self._queue_depth.inc(texts - self._queued)
+        self._queued = texts
 
     def exit(self, reason: Exit, iterations: int) -> None:
         """Count one answered text."""
@@ -173,3 +248,10 @@ class ModelObserver:
     def dropped(self, reason: Literal["deadline", "client"], texts: int) -> None:
         """Count texts that nobody waits for any more."""
         self._dropped[reason].inc(texts)
+
+
+def _over_processes(directory: Path) -> CollectorRegistry:
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, str(directory))  # type: ignore[no-untyped-call]
+    registry.register(ProcessTree(directory))
+    return registry

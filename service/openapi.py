@@ -18,8 +18,10 @@ from service.schemas import ClassifyRequest, Problem
 MEANINGS = {
     400: "The body is not JSON, or the request not HTTP/1.1.",
     401: "API keys are set, and none that came is right.",
+    403: "No API keys are set, and without them nobody may do this.",
     404: "There is no such task, architecture or model; `available` names those there are.",
     408: "The headers or the body came too slowly.",
+    409: "Something is wrong with what a reload found, and nothing was changed.",
     413: "The body or the list is too large.",
     422: "A field is wrong, an input is empty, or too long with `truncate: false`.",
     429: "The queue is full.",
@@ -49,7 +51,7 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def document(app: FastAPI, runtime: Runtime) -> dict[str, Any]:
-    """Write the OpenAPI document, once: with the request's schema, the limits and tasks of this very service."""
+    """Write the OpenAPI document: with the request's schema, the limits and tasks of this very service."""
     if app.openapi_schema is None:
         drawn = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         _, definitions = models_json_schema(
@@ -59,11 +61,12 @@ def document(app: FastAPI, runtime: Runtime) -> dict[str, Any]:
         schemas = definitions["$defs"]
         properties = schemas["ClassifyRequest"]["properties"]
         properties["inputs"]["description"] += f" At most {runtime.settings.max_inputs} texts: more get 413."
-        properties["task"]["examples"] = sorted(runtime.architectures)
         drawn.setdefault("components", {}).setdefault("schemas", {}).update(schemas)
         if runtime.settings.api_keys:
             _ask_for_keys(drawn)
         app.openapi_schema = drawn
+    task = app.openapi_schema["components"]["schemas"]["ClassifyRequest"]["properties"]["task"]
+    task["examples"] = sorted(runtime.serving.architectures)  # a reload may bring others
     return app.openapi_schema
 
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from functools import partial
+from typing import Literal
+
+import structlog
 
 from service.bundle import Bundle
 from service.engine_thread import EngineThread
@@ -15,6 +21,7 @@ from service.errors import (
     EngineDown,
     InvalidRequest,
     QueueFull,
+    ReloadFailed,
     StartError,
     Starting,
     UnknownArchitecture,
@@ -22,68 +29,135 @@ from service.errors import (
 )
 from service.loading import MakeEngine, Model, load_model
 from service.metrics import Metrics
-from service.routing import Facts, Plan, build_policy
+from service.routing import Facts, Plan
+from service.serving import Changes, Serving, changes, load, plan, take_over
 from service.settings import Settings
 
 LINGER_SECONDS = 1.0  # after the last answer: kept-alive clients meet a 503 with `Connection: close`, not a reset
+RETIRE_SECONDS = 0.05  # between two looks whether a model that was replaced is still needed
+
+FindBundles = Callable[[], Sequence[Bundle]]
 
 
 class Runtime:
-    """The loaded models and the phase of the process.
+    """What is being served, and the phase of the process.
 
-    Loading runs in a thread of its own; its models are published together, when all of them are warm. Everything else
+    Loading runs in threads of their own; its models are published together, when all of them are warm. Everything else
     is for the event loop alone.
     """
 
-    def __init__(self, settings: Settings, bundles: Sequence[Bundle], make: MakeEngine) -> None:
+    def __init__(self, settings: Settings, find: FindBundles, make: MakeEngine) -> None:
         self.settings = settings
         self.metrics = Metrics()
-        self.models: dict[tuple[str, str], Model] = {}  # (task, architecture) -> model; empty while starting
         self.failure: StartError | None = None  # why loading failed: the process ends on it
-        self.architectures: dict[str, list[str]] = {}  # task -> architectures
-        for bundle in bundles:
-            self.architectures.setdefault(bundle.manifest.task, []).append(bundle.manifest.architecture)
-        only = next(iter(self.architectures)) if len(self.architectures) == 1 else None
-        self.default_task = settings.default_task if settings.default_task in self.architectures else only
+        self.others_ready = True  # whether the other processes have loaded theirs; for probes
         self.engine_thread = EngineThread(stuck_seconds=settings.stuck_seconds)
-        self._policy = build_policy(settings.routing, self.architectures)
-        self._in_flight = 0
+        self.gave_up = False
+        self._find, self._make = find, make
+        bundles = find()
+        self.serving = plan(settings, bundles)
+        self._in_flight: Counter[Serving] = Counter()  # requests by what was served when they came
         self._idle_since = 0.0
         self._draining_since: float | None = None
-        self._loader = threading.Thread(target=self._load, args=(bundles, make), name="load", daemon=True)
+        self._reloading = threading.Lock()
+        self._loader = threading.Thread(target=self._load_first, args=(bundles,), name="load", daemon=True)
+        self._retirement: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin to load."""
-        self.engine_thread.start()
-        self._loader.start()
+        """Begin to load, if that has not begun."""
+        if self._loader.ident is None:
+            self.engine_thread.start()
+            self._loader.start()
 
-    def _load(self, bundles: Sequence[Bundle], make: MakeEngine) -> None:
-        models = {}
+    def wait_loaded(self) -> None:
+        """Block until the models are there or have failed to load."""
+        self._loader.join()
+
+    @property
+    def phase(self) -> Literal["starting", "ready", "draining"]:
+        """Whether requests are welcome, and if not, why."""
+        if self._draining_since is not None:
+            return "draining"
+        return "ready" if self.serving.models else "starting"
+
+    def _load_first(self, bundles: Sequence[Bundle]) -> None:
         try:
-            for bundle in bundles:
-                if self._draining_since is not None:
-                    return
-                model = load_model(bundle, self.settings, self.metrics, self.engine_thread, make)
-                models[model.manifest.task, model.manifest.architecture] = model
+            self._take_over(self._load(bundles))
+            _give_memory_back()
         except StartError as error:
             self.failure = error
-        except Exception as error:  # noqa: BLE001  # the thread's edge: whatever it is, the process must end and say it
-            self.failure = StartError(f"loading failed: {type(error).__name__}: {error}".replace("\n", " "))
-        else:
-            for model in models.values():
-                model.batcher.start()
-            self.models = models
+        except Draining:
+            pass
+
+    def _load(self, bundles: Sequence[Bundle]) -> Serving:
+        try:
+            return load(plan(self.settings, bundles), bundles, self.serving, self._load_one)
+        except (StartError, Draining):
+            raise
+        except Exception as error:  # whatever it is, the process must say it in a line
+            raise StartError(f"loading failed: {type(error).__name__}: {error}".replace("\n", " ")) from error
+
+    def _load_one(self, bundle: Bundle) -> Model:
+        if self._draining_since is not None:
+            raise Draining
+        return load_model(bundle, self.settings, self.metrics, self.engine_thread, self._make)
+
+    def reload(self) -> Changes:
+        """Serve what the models directory holds now; whatever is wrong with it, nothing changes then.
+
+        Blocks while models load, and while another reload does, so it is for a thread. Raises Starting, Draining,
+        ReloadFailed.
+        """
+        with self._reloading:
+            self.check_open()
+            if self._retirement is not None:
+                self._retirement.join()  # so that there are never three generations in memory
+            try:
+                after = self._load(self._find())
+            except StartError as error:
+                structlog.get_logger().error("reload failed", reason=str(error))
+                raise ReloadFailed(str(error)) from error
+            changed = changes(self.serving, after)
+            self._take_over(after)
+        structlog.get_logger().info("reloaded", **asdict(changed))
+        return changed
+
+    def _take_over(self, after: Serving) -> None:
+        gone = take_over(self.serving, after, self.metrics)
+        self.serving = after
+        if gone:
+            self._retirement = threading.Thread(target=self._retire, args=(gone,), name="retire", daemon=True)
+            self._retirement.start()
+
+    def _retire(self, gone: list[Model]) -> None:
+        """Stop models once the requests that came before they were replaced are answered, and free them."""
+        longest = self.settings.body_seconds + self.settings.deadline_ms / 1000
+        until = time.monotonic() + longest + LINGER_SECONDS
+        while any(serving is not self.serving for serving in list(self._in_flight)) and time.monotonic() < until:
+            time.sleep(RETIRE_SECONDS)
+        for model in gone:
+            model.batcher.stop(timeout=LINGER_SECONDS)
+        del model
+        gone.clear()  # this thread was the last to hold them
+        _give_memory_back()
 
     def check_alive(self) -> None:
         """Raise EngineDown when an engine is dead or stuck, or could not be loaded."""
         if self.failure is not None or not self.engine_thread.alive():
             raise EngineDown
 
+    def check_ready(self) -> None:
+        """Raise what check_alive and check_open raise, and Starting as long as another process is."""
+        self.check_alive()
+        self.check_open()
+        if not self.others_ready:
+            raise Starting
+
     def check_open(self) -> None:
         """Raise Draining or Starting while new requests are not wanted."""
         if self._draining_since is not None:
             raise Draining
-        if not self.models:
+        if not self.serving.models:
             raise Starting
 
     @contextmanager
@@ -92,13 +166,16 @@ class Runtime:
         self.check_open()
         # Each accepted request brings a text at least, so more requests than the queues hold texts have no place there.
         # Said before the body is read, it also bounds the memory that bodies take.
-        if self._in_flight >= self.settings.max_queue * len(self.models):
+        serving = self.serving
+        if self._in_flight.total() >= self.settings.max_queue * len(serving.models):
             raise QueueFull(1.0)
-        self._in_flight += 1
+        self._in_flight[serving] += 1
         try:
             yield
         finally:
-            self._in_flight -= 1
+            self._in_flight[serving] -= 1
+            if not self._in_flight[serving]:
+                del self._in_flight[serving]  # it would keep its models in memory
             self._idle_since = time.monotonic()
 
     def choose(self, task: str | None, architecture: str | None, request_id: str, key: str | None) -> Plan[Model]:
@@ -108,28 +185,33 @@ class Runtime:
 
         Raises InvalidRequest, UnknownTask, UnknownArchitecture, EngineDown.
         """
-        task = task if task is not None else self.default_task
+        serving = self.serving
+        task = task if task is not None else serving.default_task
         if task is None:
-            problem = f"must be one of {', '.join(sorted(self.architectures))}"
+            problem = f"must be one of {', '.join(sorted(serving.architectures))}"
             raise InvalidRequest("The request must name a task.", errors=[{"field": "task", "problem": problem}])
-        if task not in self.architectures:
-            raise UnknownTask("There is no such task.", available=sorted(self.architectures))
+        if task not in serving.architectures:
+            raise UnknownTask("There is no such task.", available=sorted(serving.architectures))
         if architecture is None:
-            plan = self._policy(Facts(task, request_id, key or request_id, partial(self._seconds_ahead, task)))
-        elif architecture in self.architectures[task]:
+            plan = serving.policy(Facts(task, request_id, key or request_id, partial(_seconds_ahead, serving, task)))
+        elif architecture in serving.architectures[task]:
             plan = Plan(architecture)
         else:
-            raise UnknownArchitecture("There is no such architecture.", available=sorted(self.architectures[task]))
+            raise UnknownArchitecture("There is no such architecture.", available=sorted(serving.architectures[task]))
         if not self.engine_thread.alive():
             raise EngineDown
-        return plan.resolve(lambda name: self.models[task, name])
+        return plan.resolve(lambda name: serving.models[task, name])
 
     def idle_seconds(self, now: float) -> float:
         """Say for how long no accepted request has been in hand; 0 while one is."""
         return 0.0 if self._in_flight else now - self._idle_since
 
-    def _seconds_ahead(self, task: str, name: str) -> float:
-        return self.models[task, name].batcher.backlog_seconds
+    def give_up(self) -> None:
+        """Fail what hangs on the engines and refuse the rest: they are dead or stuck, and the process is to end."""
+        structlog.get_logger().error("the engines are dead or stuck: this process ends")
+        self.gave_up = True
+        self.drain()
+        self.engine_thread.give_up()
 
     def drain(self) -> None:
         """Refuse new requests from now on; the first call counts."""
@@ -141,13 +223,23 @@ class Runtime:
         since = self._draining_since
         if since is None:
             return False
-        quiet = self._in_flight == 0 and now >= max(since, self._idle_since) + LINGER_SECONDS
+        quiet = not self._in_flight and now >= max(since, self._idle_since) + LINGER_SECONDS
         return quiet or now >= since + self.settings.drain_seconds
 
     def stop(self) -> None:
         """Stop what is left of loading, then the batchers; blocks for seconds at most."""
         self.drain()
         self._loader.join(timeout=5.0)
-        for model in self.models.values():
+        for model in self.serving.models.values():
             model.batcher.stop(timeout=1.0)
         self.engine_thread.end(timeout=1.0)
+
+
+def _seconds_ahead(serving: Serving, task: str, name: str) -> float:
+    return serving.models[task, name].batcher.backlog_seconds
+
+
+def _give_memory_back() -> None:
+    """Have the C library return what was freed: left to itself it keeps the gaps, and reloads would add them up."""
+    with suppress(AttributeError):  # not every C library has it
+        ctypes.CDLL(None).malloc_trim(0)

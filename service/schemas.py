@@ -155,6 +155,14 @@ class ModelsAnswer(BaseModel):
     models: list[ModelInfo]
 
 
+class ReloadAnswer(BaseModel):
+    """What a reload changed, by the models' names and versions."""
+
+    loaded: list[str]
+    kept: list[str]
+    removed: list[str]
+
+
 def parse_request(body: bytes) -> ClassifyRequest:
     """Check a body's form; raises InvalidJSON, InputEmpty or InvalidRequest, none of which repeats what was sent."""
     try:

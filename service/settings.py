@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.metadata
 import os
 import re
 from pathlib import Path
@@ -25,6 +26,15 @@ def available_cpus(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
         return max(1, min(cores, round(int(quota) / int(period))))
     except (OSError, ValueError):  # no control groups here, or the quota is "max"
         return cores
+
+
+def _default_processes(chosen: dict[str, object]) -> int:
+    """One for each core; on CUDA one, since each would hold its own copy of the models there."""
+    if chosen["provider"] == "cpu":
+        return available_cpus()
+    # The package is looked up, not imported: the supervisor reads the settings too, and stays small.
+    cuda = chosen["provider"] == "cuda" or any(importlib.metadata.distributions(name="onnxruntime-gpu"))
+    return 1 if cuda else available_cpus()
 
 
 def _split_commas(value: object) -> object:
@@ -60,7 +70,15 @@ class Settings(BaseSettings):
     precision: Literal["auto", "fp32", "fp16", "int8"] = Field(
         default="auto", description="auto: fp16 on CUDA; on a CPU int8 where its accuracy holds, else fp32."
     )
-    threads: int = Field(default_factory=available_cpus, ge=1, le=1024, description="Threads of each engine.")
+    processes: int = Field(
+        default_factory=_default_processes,
+        ge=1,
+        le=1024,
+        description="Processes that serve, each with its own engines. Default: one for each core, on CUDA one.",
+    )
+    threads: int = Field(
+        default=1, ge=1, le=1024, description="Threads of each engine; more processes serve faster than more threads."
+    )
     default_task: str = Field(
         default="sentiment", description="Task of a request that names none, if several are loaded."
     )
@@ -74,8 +92,12 @@ class Settings(BaseSettings):
         ge=1,
         description="Most tokens in one batch, padding counted. Default: 512 on a CPU, 8192 on CUDA.",
     )
-    max_queue: int = Field(default=1024, ge=1, description="Most texts waiting for one model; more get 429.")
-    max_queue_tokens: int = Field(default=131_072, ge=1, description="Most tokens waiting for one model; more get 429.")
+    max_queue: int = Field(
+        default=1024, ge=1, description="Most texts waiting for one model in one process; more get 429."
+    )
+    max_queue_tokens: int = Field(
+        default=131_072, ge=1, description="Most tokens waiting for one model in one process; more get 429."
+    )
     max_queue_ms: int = Field(
         default=2_000, gt=0, description="Longest that what waits for one model may take, as measured; more get 429."
     )
@@ -104,7 +126,11 @@ class Settings(BaseSettings):
         description="Longest time a request may take in milliseconds; longer gets 504.",
     )
     drain_seconds: float = Field(default=30.0, ge=0, description="Longest wait for accepted requests at shutdown.")
-    stuck_seconds: float = Field(default=30.0, gt=0, description="One batch that takes longer turns /healthz red.")
+    stuck_seconds: float = Field(
+        default=30.0,
+        gt=0,
+        description="A batch that takes longer turns /healthz red; its process, or one that hangs, is replaced.",
+    )
     api_keys: Secrets = Field(default=(), description="Accepted API keys, comma-separated; empty: no key is asked for.")
     tracing: Literal["off", "otlp"] = Field(
         default="off",
@@ -129,7 +155,8 @@ def load_settings() -> Settings:
     try:
         settings = Settings()
     except ValidationError as error:
-        problems += [_wrong(problem) for problem in error.errors(include_url=False)]
+        wrong = error.errors(include_url=False)
+        problems += [_wrong(problem) for problem in wrong if problem["type"] != "default_factory_not_called"]
     if problems:
         raise SettingsError("\n".join(problems))
     return settings
@@ -139,7 +166,7 @@ def describe_settings() -> str:
     """List every setting with its default and meaning, for --help."""
     lines = []
     for name, field in Settings.model_fields.items():
-        default = field.get_default(call_default_factory=True, validated_data={})
+        default = field.get_default(call_default_factory=True, validated_data={"provider": "auto"})
         shown = ",".join(default) if isinstance(default, tuple) else str(default)
         lines.append(f"  {PREFIX}{name.upper()} ({shown or 'empty'})\n      {field.description}")
     return "\n".join(lines)

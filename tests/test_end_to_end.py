@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -12,24 +11,20 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
-from typing import Any
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from service.bundle import MANIFEST
-from service.settings import PREFIX
 from tests import tiny
 from tests.service.fakes import wait_until
+from tests.serving import ROOT, SECONDS, environment, samples, serving
 from tests.tiny import Architecture
 
-ROOT = Path(__file__).resolve().parents[1]
-SECONDS = 120.0
 CLIENTS = 8
 GOOD, BAD = "a wonderful film , i found it charming", "a dreadful film , i found it tedious"
 
@@ -37,52 +32,6 @@ GOOD, BAD = "a wonderful film , i found it charming", "a dreadful film , i found
 def run_module(*arguments: str | Path, **settings: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment(settings), capture_output=True, text=True, timeout=SECONDS)
-
-
-def environment(settings: Mapping[str, str | Path]) -> dict[str, str]:
-    """This environment, with these settings of the service and no others."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
-    kept["OMP_NUM_THREADS"] = "1"  # so little training is slower shared out
-    return kept | {PREFIX + name.upper(): str(value) for name, value in settings.items()}
-
-
-@dataclass
-class Process:
-    """`python -m service`, ready."""
-
-    process: subprocess.Popen[bytes]
-    port: int
-    log: Path
-
-    def ask(self, method: str, path: str, body: Any = None) -> tuple[int, str]:
-        with closing(HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)) as connection:
-            connection.request(method, path, None if body is None else json.dumps(body))
-            answer = connection.getresponse()
-            return answer.status, answer.read().decode()
-
-    def log_lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.log.read_text().splitlines() if line.endswith("}")]
-
-
-@contextmanager
-def serving(log: Path, **settings: str | Path) -> Iterator[Process]:
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "service"], cwd=ROOT, env=environment({"port": "0"} | settings), stdout=file
-        )
-    served = Process(process, 0, log)
-    try:
-        wait_until(lambda: find_port(served) or process.poll() is not None, SECONDS)
-        wait_until(lambda: served.ask("GET", "/readyz")[0] == 200, SECONDS)
-        yield served
-    finally:
-        process.kill()
-        process.wait(SECONDS)
-
-
-def find_port(served: Process) -> bool:
-    served.port = next((line["port"] for line in served.log_lines() if line["event"] == "listening"), 0)
-    return served.port > 0
 
 
 def train_and_export(architecture: Architecture, data_dir: Path, run: Path, out: Path) -> None:
@@ -94,14 +43,6 @@ def train_and_export(architecture: Architecture, data_dir: Path, run: Path, out:
     exported = run_module("model_export", run, out, "--data-dir", data_dir)
     assert exported.returncode == 0, exported.stderr
     assert exported.stdout.startswith(f"{tiny.DATASET}-{architecture}@")
-
-
-def samples(exposition: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
-    return {
-        (sample.name, frozenset(sample.labels.items())): sample.value
-        for family in text_string_to_metric_families(exposition)
-        for sample in family.samples
-    }
 
 
 def test_train_export_serve_classify_scrape(models_dir: Path, data_dir: Path, tmp_path: Path) -> None:
@@ -206,7 +147,7 @@ def test_a_signal_under_load_loses_no_request(models_dir: Path, tmp_path: Path) 
 
 def fails_to_start(**settings: str | Path) -> str:
     """The one line on stderr."""
-    done = run_module("service", **settings)
+    done = run_module("service", **{"processes": "2"} | settings)
     assert done.returncode == 1
     assert "listening" not in done.stdout
     assert done.stderr.startswith("refrain: ")

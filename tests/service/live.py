@@ -13,7 +13,8 @@ from http.client import HTTPConnection, parse_headers
 from typing import Any, NamedTuple
 
 from service.bundle import Bundle
-from service.server import Server, bind
+from service.server import Server
+from service.sockets import listen
 from tests.service.fakes import Fake, fake_app, fake_bundle, wait_until
 
 
@@ -89,7 +90,7 @@ def is_closed(connection: socket.socket) -> bool:
 @contextmanager
 def live(bundles: Sequence[Bundle] = (fake_bundle(),), **settings: Any) -> Iterator[Live]:
     fake = fake_app(bundles, **settings)
-    listener = bind("127.0.0.1", 0)
+    listener = listen("127.0.0.1", 0)
     server = Server(fake.app)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()

@@ -166,7 +166,7 @@ def test_500_for_the_failed_text_alone(client: TestClient, fake: Fake, pool: Thr
     occupied = block(client, fake.recurrent, pool)
     bad = pool.submit(classify, client, "bad text")
     mate = pool.submit(classify, client, "mate text")
-    wait_until(lambda: fake.app.state.runtime.models["sentiment", "recurrent"].batcher.queue_depth == 3)
+    wait_until(lambda: fake.app.state.runtime.serving.models["sentiment", "recurrent"].batcher.queue_depth == 3)
     fake.recurrent.gate.set()
     document = problem(bad.result(timeout=10), 500, "inference_failed")
     assert "poisoned" not in str(document)

@@ -10,7 +10,8 @@ from http.client import HTTPConnection
 import pytest
 
 from service.errors import StartError
-from service.server import Server, bind
+from service.server import Server
+from service.sockets import listen, reserve
 from tests.service.fakes import fake_app, fake_bundle, wait_until
 from tests.service.live import classify_bytes, live, reply
 
@@ -88,7 +89,7 @@ def test_a_signal_drains_and_then_ends() -> None:
 def test_a_model_that_cannot_be_loaded_ends_the_server() -> None:
     fake = fake_app([fake_bundle()])
     fake.recurrent.poison.add((0,))
-    with bind("127.0.0.1", 0) as listener:
+    with listen("127.0.0.1", 0) as listener:
         thread = threading.Thread(target=Server(fake.app).run, args=([listener],), daemon=True)
         thread.start()
         thread.join(timeout=20)
@@ -96,15 +97,51 @@ def test_a_model_that_cannot_be_loaded_ends_the_server() -> None:
     assert str(fake.app.state.runtime.failure) == "loading failed: RuntimeError: poisoned"
 
 
-def test_a_second_signal_does_not_wait() -> None:
-    with live(drain_seconds=600, deadline_ms=600_000) as served:
+def test_a_signal_that_comes_twice_still_drains() -> None:
+    with live() as served, ThreadPoolExecutor() as pool:  # from the supervisor, and from whoever signals all processes
         served.fake.recurrent.gate.clear()
-        with served.send(classify_bytes("never answered")):
-            assert served.fake.recurrent.entered.wait(timeout=10)
-            served.server.handle_exit(signal.SIGINT, None)
-            served.server.handle_exit(signal.SIGINT, None)
-            served.thread.join(timeout=20)
-            assert not served.thread.is_alive()
+        accepted = pool.submit(served.ask, "POST", "/classify", {"inputs": "accepted"})
+        assert served.fake.recurrent.entered.wait(timeout=10)
+        served.server.handle_exit(signal.SIGTERM, None)
+        served.server.handle_exit(signal.SIGTERM, None)
+        served.fake.recurrent.gate.set()
+        assert accepted.result(timeout=10)[0] == 200
+
+
+def test_engines_that_hang_end_the_server_and_no_request_hangs_on_them() -> None:
+    with live(stuck_seconds=0.5, deadline_ms=600_000, drain_seconds=600) as served, ThreadPoolExecutor() as pool:
+        served.fake.recurrent.gate.clear()
+        hanging = [pool.submit(served.ask, "POST", "/classify", {"inputs": text}) for text in ("one", "two")]
+        wait_until(lambda: served.ask("GET", "/healthz")[0] == 503)
+        for answer in hanging:
+            status, problem = answer.result(timeout=20)
+            assert (status, problem["code"]) == (503, "engine_down")
+        served.thread.join(timeout=20)
+        assert not served.thread.is_alive()
+        assert served.fake.app.state.runtime.gave_up
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the death is the test
+def test_engines_that_died_end_the_server() -> None:
+    with live() as served:
+        served.fake.recurrent.die = True
+        status, problem = served.ask("POST", "/classify", {"inputs": "deadly"})
+        assert (status, problem["code"]) == (503, "engine_down")
+        served.thread.join(timeout=20)
+        assert not served.thread.is_alive()
+        assert served.fake.app.state.runtime.gave_up
+
+
+def test_engines_that_hang_for_a_moment_end_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.server.GIVE_UP_TICKS", 100)  # this machine may be slow
+    with live(stuck_seconds=0.05) as served, ThreadPoolExecutor() as pool:
+        served.fake.recurrent.gate.clear()
+        slow = pool.submit(served.ask, "POST", "/classify", {"inputs": "slow"})
+        wait_until(lambda: served.ask("GET", "/healthz")[0] == 503)
+        served.fake.recurrent.gate.set()
+        assert slow.result(timeout=10)[0] == 200
+        assert served.ask("GET", "/healthz")[0] == 200
+        assert not served.fake.app.state.runtime.gave_up
 
 
 def test_a_drain_has_an_end() -> None:
@@ -118,9 +155,9 @@ def test_a_drain_has_an_end() -> None:
 
 
 def test_a_taken_port_and_a_wrong_address_are_said_in_one_line() -> None:
-    with bind("127.0.0.1", 0) as taken:
+    with reserve("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(StartError, match=f"^cannot listen on 127.0.0.1:{port}: Address already in use$"):
-            bind("127.0.0.1", port)
+            reserve("127.0.0.1", port)
     with pytest.raises(StartError, match=r"^cannot listen on 203\.0\.113\.7:0: "):
-        bind("203.0.113.7", 0)
+        reserve("203.0.113.7", 0)

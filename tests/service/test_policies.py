@@ -58,7 +58,7 @@ class Setup:
         return self.fake.engines["sentiment", "baseline"]
 
     def batcher(self, architecture: str) -> Batcher:
-        return self.runtime.models["sentiment", architecture].batcher
+        return self.runtime.serving.models["sentiment", architecture].batcher
 
     def post(self, inputs: Any, *, request_id: str = "", **fields: Any) -> httpx2.Response:
         return self.client.post("/classify", json={"inputs": inputs, **fields}, headers={"X-Request-Id": request_id})
@@ -438,7 +438,7 @@ def test_a_process_has_few_shadows_on_their_way() -> None:
 
     with serving("fixed:recurrent") as setup:
         shadows = shadow.Shadows(setup.runtime)
-        recurrent, baseline = (setup.runtime.models["sentiment", name] for name in ("recurrent", "baseline"))
+        recurrent, baseline = (setup.runtime.serving.models["sentiment", name] for name in ("recurrent", "baseline"))
         setup.baseline.gate.clear()
 
         async def offer_many() -> None:

@@ -18,6 +18,19 @@ def test_nothing_is_admitted_before_the_models_are_there() -> None:
         pass
 
 
+def test_a_probe_waits_for_the_other_processes_and_requests_do_not() -> None:
+    fake = fake_app()
+    runtime: Runtime = fake.app.state.runtime
+    with running(fake) as client:
+        runtime.others_ready = False
+        for path in ("/readyz", "/v2/health/ready"):
+            assert client.get(path).status_code == 503
+        assert client.get("/healthz").status_code == 200
+        assert client.post("/classify", json={"inputs": "a"}).status_code == 200
+        runtime.others_ready = True
+        assert client.get("/readyz").status_code == 200
+
+
 def test_a_drain_ends_a_little_after_the_last_answer() -> None:
     fake = fake_app(drain_seconds=100)
     runtime: Runtime = fake.app.state.runtime
@@ -53,7 +66,7 @@ def test_no_more_requests_are_taken_in_than_the_queues_have_places() -> None:
     fake = fake_app(max_queue=1, max_inputs=1)
     runtime: Runtime = fake.app.state.runtime
     with running(fake), ExitStack() as accepted:
-        for _ in runtime.models:
+        for _ in runtime.serving.models:
             accepted.enter_context(runtime.admitted())
         with pytest.raises(QueueFull):
             accepted.enter_context(runtime.admitted())

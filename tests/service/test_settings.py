@@ -25,7 +25,7 @@ def test_an_empty_environment_gives_the_documented_defaults() -> None:
     assert (settings.host, settings.port, str(settings.models_dir)) == ("127.0.0.1", 8000, "models")
     assert (settings.routing, settings.provider, settings.precision) == ("fixed:recurrent", "auto", "auto")
     assert settings.api_keys == () and settings.architectures == ()
-    assert settings.threads == available_cpus()
+    assert (settings.processes, settings.threads) == (available_cpus(), 1)
 
 
 def test_lists_are_comma_separated(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +96,7 @@ def test_help_lists_every_setting() -> None:
 @pytest.mark.parametrize(
     ("content", "cpus"), [("100000 100000", 1), ("50000 100000", 1), ("max 100000", None), ("garbage", None)]
 )
-def test_a_cpu_limit_bounds_the_threads(tmp_path: Path, content: str, cpus: int | None) -> None:
+def test_a_cpu_limit_bounds_the_processes(tmp_path: Path, content: str, cpus: int | None) -> None:
     (tmp_path / "cpu.max").write_text(content)
     assert available_cpus(tmp_path / "cpu.max") == (cpus or len(os.sched_getaffinity(0)))
 

@@ -1,0 +1,140 @@
+"""python -m service.worker: one of the processes that serve, started and watched by the supervisor."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from service.runtime import Runtime
+    from service.settings import Settings
+
+REPORT_SECONDS = 0.5  # how often the supervisor hears that nothing has changed
+RETRY_SECONDS = 0.1
+ORPHAN_SECONDS = 5.0  # after the drain, for a process whose supervisor is gone, before it is ended the hard way
+
+
+class Link:
+    """The line to the supervisor. It closes when either end dies."""
+
+    def __init__(self, line: socket.socket) -> None:
+        self._line = line
+        self._reported: tuple[str, float] = ("", 0.0)
+        self.cut = threading.Event()
+
+    def report(self, phase: str) -> None:
+        """Say the phase, at once when it has changed; the supervisor takes silence for a stand-still."""
+        before, told = self._reported
+        now = time.monotonic()
+        if phase != before or now - told >= REPORT_SECONDS:
+            self._reported = phase, now
+            self.say(phase)
+
+    def say(self, line: str) -> None:
+        """Send one line; a supervisor that does not read, or is gone, must not hold us up."""
+        with suppress(OSError):
+            self._line.send(line.encode() + b"\n", socket.MSG_DONTWAIT)
+
+    def follow(self, orders: dict[str, Callable[[], None]]) -> None:
+        """Do what the supervisor says until it is gone; blocks, so it is for a thread."""
+        with self._line.makefile("r") as lines, suppress(OSError):
+            for line in lines:
+                orders[line.strip()]()
+        self.cut.set()
+
+
+def main() -> int:
+    """Serve until told to stop; the answer is the process's exit status."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _leave)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the supervisor's to pass on, also when a terminal sends it to all
+    slot, port, line, order = sys.argv[1:]
+    link = Link(socket.socket(fileno=int(line)))
+
+    from service.errors import StartError
+    from service.logs import configure_logs
+    from service.metrics import share_metrics
+    from service.settings import load_settings
+
+    share_metrics(slot)
+    try:
+        settings = load_settings()
+        configure_logs(settings.log_level)
+        return serve(settings, int(port), link, late=order == "late")
+    except StartError as error:
+        link.say(f"failed {json.dumps(str(error))}")
+        return 1
+
+
+def serve(settings: Settings, port: int, link: Link, *, late: bool) -> int:
+    """Serve until a signal, the supervisor's end, or that of the engines; raises StartError when that cannot be.
+
+    The first processes listen at once and say that they are starting. One that comes `late`, in the place of another,
+    first loads its models, so that no client meets a 503 while the other processes are ready.
+    """
+    from service.app import create_app
+    from service.server import Server
+    from service.sockets import listen
+
+    app = create_app(settings, on_reload=lambda: link.say("reloaded"))
+    runtime: Runtime = app.state.runtime
+    runtime.others_ready = late
+    threading.Thread(target=_obey, args=(link, runtime), name="link", daemon=True).start()
+    if late:
+        runtime.start()
+        runtime.wait_loaded()
+    if runtime.failure is None:
+        with listen(settings.host, port) as listener:
+            Server(app, link.report).run([listener])
+    if runtime.failure is not None:
+        raise runtime.failure
+    if link.cut.is_set():
+        shutil.rmtree(os.environ["PROMETHEUS_MULTIPROC_DIR"], ignore_errors=True)  # nobody else is left to do it
+    return int(runtime.gave_up)
+
+
+def _obey(link: Link, runtime: Runtime) -> None:
+    reload_wanted = threading.Event()
+    threading.Thread(target=_reload_when_told, args=(runtime, reload_wanted), name="reload", daemon=True).start()
+
+    def all_ready() -> None:
+        runtime.others_ready = True
+
+    link.follow({"all ready": all_ready, "reload": reload_wanted.set})
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(runtime.settings.drain_seconds + ORPHAN_SECONDS)
+    os._exit(1)
+
+
+def _reload_when_told(runtime: Runtime, wanted: threading.Event) -> None:
+    from service.errors import RefrainError, Starting
+
+    while wanted.wait():
+        wanted.clear()
+        try:
+            runtime.reload()
+        except Starting:
+            wanted.set()
+            time.sleep(RETRY_SECONDS)
+        except RefrainError:
+            pass  # said in the log; when draining, of no use any more
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)  # past the interpreter's own end, which an engine that hangs could hold up

@@ -1,0 +1,249 @@
+"""Several processes under one supervisor: totals, deaths, stand-stills, orders, and what is left in the end."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+
+from service.errors import StartError
+from service.metrics import MEMORY
+from service.process_tree import CPU, ProcessTree, write_pids
+from service.sockets import listen, reserve
+from service.supervisor import LONGEST_PAUSE_SECONDS, pause_after
+from tests import tiny
+from tests.service.fakes import wait_until
+from tests.serving import ROOT, SECONDS, Process, serving
+
+TEXT = "a wonderful film"
+CLIENTS = 6
+
+
+@pytest.fixture(scope="module")
+def served(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """One service for the tests that leave it whole; what hangs for three seconds is replaced."""
+    with serving(tmp_path_factory.mktemp("served") / "log", models_dir=models_dir, stuck_seconds="3") as served:
+        yield served
+
+
+def directories() -> set[Path]:
+    """Where the services of this machine share their metrics."""
+    return set(Path(MEMORY).glob("refrain-*"))
+
+
+def whole(served: Process) -> bool:
+    """Whether all processes are there and ready; a process that ends may take this very question along."""
+    try:
+        return len(served.workers()) == served.metrics()["refrain_processes", frozenset()] == 2
+    except (OSError, http.client.HTTPException):
+        return False
+
+
+def value(served: Process, name: str, **labels: str) -> float:
+    return served.metrics().get((name, frozenset(labels.items())), 0.0)
+
+
+def answered(served: Process) -> float:
+    return value(served, "refrain_requests_total", code="200", architecture="recurrent", task=tiny.DATASET)
+
+
+@dataclass
+class Load:
+    """Clients that keep their connections and send as fast as they are answered."""
+
+    port: int
+    codes: list[int] = field(default_factory=list)
+    broken: int = 0
+    over: threading.Event = field(default_factory=threading.Event)
+
+    def client(self) -> None:
+        while not self.over.is_set():
+            with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)) as connection:
+                try:
+                    self.send_on(connection)
+                except (OSError, http.client.HTTPException):
+                    self.broken += 1
+
+    def send_on(self, connection: http.client.HTTPConnection) -> None:
+        while not self.over.is_set():
+            connection.request("POST", "/classify", json.dumps({"inputs": TEXT}))
+            answer = connection.getresponse()
+            answer.read()
+            self.codes.append(answer.status)
+
+
+@contextmanager
+def load(served: Process) -> Iterator[Load]:
+    """Have clients send until the block ends; each of them has had answers when it begins."""
+    load = Load(served.port)
+    clients = [threading.Thread(target=load.client, daemon=True) for _ in range(CLIENTS)]
+    for client in clients:
+        client.start()
+    try:
+        wait_until(lambda: len(load.codes) > 10 * CLIENTS, SECONDS)
+        yield load
+    finally:
+        load.over.set()
+        for client in clients:
+            client.join(SECONDS)
+            assert not client.is_alive()
+
+
+def test_every_process_shows_the_totals_of_all(served: Process) -> None:
+    before = answered(served)
+    for _ in range(20):  # a new connection each: all in one process once in half a million runs
+        assert served.classify(TEXT)[0] == 200
+    assert {answered(served) for _ in range(10)} == {before + 20}
+    parent = psutil.Process(served.process.pid)
+    memory = value(served, "process_resident_memory_bytes")
+    assert memory == pytest.approx(sum(p.memory_info().rss for p in [parent, *served.workers()]), rel=0.2)
+    loaded = {"architecture": "recurrent", "task": tiny.DATASET}
+    model = json.loads(served.ask("GET", "/models")[1])["models"][-1]
+    assert value(served, "refrain_model_memory_bytes", **loaded) == 2 * model["model_bytes"]
+    assert value(served, "refrain_model_parameters", **loaded) == model["parameters"]
+
+
+def test_a_killed_process_takes_its_own_requests_along_and_is_replaced(served: Process) -> None:
+    restarts = value(served, "refrain_process_restarts_total")
+    counted = answered(served)
+    with load(served) as clients:
+        killed = served.workers()[0]
+        killed.kill()
+        killed.wait(SECONDS)
+        strangers = []  # a new connection each, which may meet the new process as soon as it listens
+        wait_until(lambda: strangers.append(served.classify(TEXT)[0]) or whole(served), SECONDS)
+        sent = len(clients.codes)
+        wait_until(lambda: len(clients.codes) > sent + 10 * CLIENTS, SECONDS)
+    assert set(clients.codes) | set(strangers) == {200}  # nobody met the new process before it was ready
+    events = [line["event"].partition(" [")[0] for line in served.log_lines()]
+    assert events.index("loaded", events.index("a process ended")) < last(events, "Started server process")
+    assert clients.broken <= 2 * CLIENTS
+    counted = answered(served) - counted
+    answers = len(clients.codes) + len(strangers)
+    assert answers <= counted <= answers + clients.broken
+    assert value(served, "refrain_process_restarts_total") == restarts + 1
+    assert value(served, "refrain_queue_depth", architecture="recurrent", task=tiny.DATASET) == 0
+
+
+def last(events: list[str], event: str) -> int:
+    return len(events) - 1 - events[::-1].index(event)
+
+
+def test_the_cpu_time_of_the_dead_still_counts(tmp_path: Path) -> None:
+    program = "import time\nwhile time.process_time() < 0.5: pass\nprint(flush=True); input()"
+    child = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        write_pids(tmp_path, [os.getpid(), child.pid])
+        alive = cpu_seconds(tmp_path)
+        child.kill()
+        child.wait()
+        assert cpu_seconds(tmp_path) >= alive
+        write_pids(tmp_path, [os.getpid()])
+        assert cpu_seconds(tmp_path) >= alive
+
+
+def cpu_seconds(directory: Path) -> float:
+    (metric,) = (metric for metric in ProcessTree(directory).collect() if metric.name == CPU)
+    return float(metric.samples[0].value)
+
+
+def test_a_process_that_stands_still_is_replaced(served: Process) -> None:
+    hung = served.workers()[0]
+    hung.suspend()
+    hung.wait(SECONDS)
+    wait_until(lambda: whole(served), SECONDS)
+    assert hung.pid in [line["pid"] for line in served.log_lines() if line["event"] == "a process stands still"]
+    assert served.classify(TEXT)[0] == 200
+
+
+def test_a_process_that_is_told_to_end_is_replaced(served: Process) -> None:
+    told = served.workers()[0]
+    told.terminate()
+    told.wait(SECONDS)
+    wait_until(lambda: whole(served), SECONDS)
+
+
+def test_a_port_that_others_share_is_still_taken() -> None:
+    with reserve("127.0.0.1", 0) as held:
+        port = held.getsockname()[1]
+        taken = f"^cannot listen on 127.0.0.1:{port}: Address already in use$"
+        with pytest.raises(StartError, match=taken):
+            reserve("127.0.0.1", port)
+        with listen("127.0.0.1", port), listen("127.0.0.1", port), pytest.raises(StartError, match=taken):
+            reserve("127.0.0.1", port)
+    with reserve("127.0.0.1", port):
+        pass
+
+
+def test_without_its_supervisor_a_service_ends(models_dir: Path, tmp_path: Path) -> None:
+    before = directories()
+    with serving(tmp_path / "log", models_dir=models_dir) as served:
+        workers = served.workers()
+        assert len(workers) == 2
+        served.process.kill()
+        assert psutil.wait_procs(workers, timeout=SECONDS)[1] == []
+        wait_until(lambda: directories() <= before)
+
+
+def test_a_second_signal_does_not_wait_and_leaves_nothing(models_dir: Path, tmp_path: Path) -> None:
+    before = directories()
+    patient = {"drain_seconds": "600", "body_seconds": "600"}
+    with serving(tmp_path / "log", models_dir=models_dir, **patient) as served:
+        workers = served.workers()
+        with socket.create_connection(("127.0.0.1", served.port)) as dawdler:
+            dawdler.sendall(b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\nExpect: 100-continue\r\n\r\n")
+            assert dawdler.recv(100)  # taken in
+            served.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: served.ask("GET", "/readyz")[0] == 503)
+            time.sleep(1.5)  # longer than a drain without requests takes
+            assert served.process.poll() is None
+            served.process.send_signal(signal.SIGINT)
+            assert served.process.wait(SECONDS) == 0
+        assert psutil.wait_procs(workers, timeout=SECONDS)[1] == []
+        assert directories() <= before
+
+
+def test_what_fails_after_the_start_is_tried_again(models_dir: Path, tmp_path: Path) -> None:
+    models = shutil.copytree(models_dir, tmp_path / "models")
+    tokenizer = models / f"{tiny.DATASET}-recurrent" / "tokenizer.json"
+    content = tokenizer.read_bytes()
+    with serving(tmp_path / "log", models_dir=models) as served:
+        tokenizer.write_bytes(content + b" ")
+        killed = served.workers()[0]
+        killed.kill()
+        killed.wait(SECONDS)
+        failed = f"{tokenizer} is damaged"
+        wait_until(lambda: sum(failed in str(line.get("reason")) for line in served.log_lines()) >= 1, SECONDS)
+        assert served.classify(TEXT)[0] == 200
+        tokenizer.write_bytes(content)
+        wait_until(lambda: whole(served), SECONDS)
+
+
+def test_the_supervisor_stays_small() -> None:
+    heavy = "{'onnxruntime', 'fastapi', 'uvicorn', 'numpy'}"
+    program = f"import sys, service.__main__, service.supervisor; print(sorted({heavy} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=SECONDS)
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_the_pause_grows_with_each_early_death_and_has_an_end() -> None:
+    pauses = [pause_after(deaths) for deaths in range(20)]
+    assert pauses[0] == 0
+    assert pauses == sorted(pauses)
+    assert pauses[1] < pauses[2] and pauses[-1] == LONGEST_PAUSE_SECONDS

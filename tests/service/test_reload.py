@@ -1,0 +1,298 @@
+"""Reloading the bundles: what is kept, what takes over, what goes, and that a bad one changes nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from fastapi.testclient import TestClient
+
+from service.app import create_app
+from service.bundle import MANIFEST, Bundle, Manifest, content_version
+from service.errors import BundleError, Draining
+from service.jobs import Answer, Text
+from service.loading import Model
+from service.runtime import Runtime
+from service.settings import Settings
+from tests import tiny
+from tests.service.fakes import CLASS_TOKEN, FakeEngine, fake_bundle, wait_until
+from tests.serving import Process, serving
+
+KEY = {"X-API-Key": "key"}
+
+
+def bundle(architecture: str = "recurrent", task: str = "sentiment", **changed: Any) -> Bundle:
+    made = fake_bundle(task, architecture)
+    return Bundle(made.path, made.manifest.model_copy(update=changed), made.tokenizer)
+
+
+@dataclass
+class Shelf:
+    """An app, the bundles that it finds at a reload, and the engines that it made, the latest last."""
+
+    bundles: list[Bundle]
+    engines: list[FakeEngine] = field(default_factory=list)
+    bad: set[str] = field(default_factory=set)  # versions whose graphs do not load
+    others_told: int = 0
+
+    @contextmanager
+    def serve(self, **settings: Any) -> Iterator[TestClient]:
+        app = create_app(
+            Settings(**{"api_keys": ("key",)} | settings),
+            self.bundles,
+            lambda bundle, settings: self.make(bundle),
+            self.tell,
+        )
+        self.runtime: Runtime = app.state.runtime
+        with TestClient(app, raise_server_exceptions=False, headers=KEY) as client:
+            try:
+                wait_until(lambda: client.get("/readyz").status_code == 200)
+                yield client
+            finally:
+                for engine in self.engines:
+                    engine.gate.set()
+
+    def make(self, bundle: Bundle) -> FakeEngine:
+        if bundle.manifest.version in self.bad:
+            raise BundleError(f"{bundle.manifest.version} does not load")
+        self.engines.append(FakeEngine(len(bundle.manifest.labels)))
+        return self.engines[-1]
+
+    def tell(self) -> None:
+        self.others_told += 1
+
+    def sample(self, name: str, **labels: str) -> float | None:
+        return self.runtime.metrics.registry.get_sample_value(name, labels)
+
+
+def classify(client: TestClient, **fields: Any) -> httpx2.Response:
+    return client.post("/classify", json={"inputs": "a film", **fields})
+
+
+def answering(client: TestClient) -> str:
+    """The model that answers now."""
+    name: str = classify(client).json()["results"][0]["model"]
+    return name
+
+
+def block(client: TestClient, engine: FakeEngine, pool: ThreadPoolExecutor) -> Future[httpx2.Response]:
+    engine.entered.clear()
+    engine.gate.clear()
+    answer = pool.submit(classify, client)
+    assert engine.entered.wait(timeout=10)
+    return answer
+
+
+def test_what_is_unchanged_keeps_its_engine() -> None:
+    shelf = Shelf([bundle(), bundle("baseline")])
+    with shelf.serve() as client:
+        answer = client.post("/reload")
+        assert answer.status_code == 200
+        kept = ["sentiment-baseline@0123456789ab", "sentiment-recurrent@0123456789ab"]
+        assert answer.json() == {"loaded": [], "kept": kept, "removed": []}
+        assert len(shelf.engines) == 2
+        assert shelf.others_told == 1
+
+
+def test_a_new_version_takes_over_and_the_old_one_finishes_what_it_began() -> None:
+    shelf = Shelf([bundle(version="a" * 12, labels=["bad", "good"])])
+    with shelf.serve() as client, ThreadPoolExecutor() as pool:
+        begun = block(client, shelf.engines[0], pool)
+        shelf.bundles[:] = [bundle(version="b" * 12, labels=["no", "yes"])]
+        answer = client.post("/reload").json()
+        assert answer == {
+            "loaded": ["sentiment-recurrent@" + "b" * 12],
+            "kept": [],
+            "removed": ["sentiment-recurrent@" + "a" * 12],
+        }
+        assert [model["version"] for model in client.get("/models").json()["models"]] == ["b" * 12]
+        waiting = pool.submit(answering, client)  # its model is there; the engines' thread is busy with the old one
+        wait_until(lambda: shelf.sample("refrain_queue_depth", architecture="recurrent", task="sentiment") == 2)
+        shelf.engines[0].gate.set()
+        result = begun.result(timeout=10).json()["results"][0]
+        assert result["model"] == "sentiment-recurrent@" + "a" * 12
+        assert set(result["scores"]) == {"bad", "good"}
+        assert waiting.result(timeout=10) == "sentiment-recurrent@" + "b" * 12
+        wait_until(lambda: shelf.sample("refrain_queue_depth", architecture="recurrent", task="sentiment") == 0)
+
+
+def test_a_request_that_came_before_is_never_refused_for_a_reload() -> None:
+    """It has chosen its model, and its texts reach the engine only after the model was replaced."""
+    shelf = Shelf([bundle(version="a" * 12)])
+    with shelf.serve() as client:
+        with shelf.runtime.admitted():
+            model = shelf.runtime.choose(None, None, "id", None).first
+            for version in ("a" * 12, "b" * 12):  # the first changes nothing, the second does
+                shelf.bundles[:] = [bundle(version=version)]
+                assert client.post("/reload").status_code == 200
+            time.sleep(0.3)  # in which the model would be stopped, if nobody cared
+            assert isinstance(run_text(model), Answer)
+        wait_until(lambda: isinstance(run_text(model), Draining))
+
+
+def run_text(model: Model) -> Answer | Draining:
+    try:
+        job = model.batcher.submit([Text([CLASS_TOKEN, 1], 1)], time.monotonic() + 10)
+    except Draining as refusal:
+        return refusal
+    (result,) = job.future.result(timeout=10)
+    assert isinstance(result, Answer | Draining)
+    return result
+
+
+def test_what_was_replaced_is_freed() -> None:
+    shelf = Shelf([bundle(version="a" * 12)])
+    alive: weakref.WeakSet[FakeEngine] = weakref.WeakSet()
+
+    class Watched(FakeEngine):
+        __hash__ = object.__hash__
+
+    def make(bundle: Bundle) -> FakeEngine:
+        engine = Watched()
+        alive.add(engine)
+        return engine
+
+    shelf.make = make  # type: ignore[method-assign]
+    with shelf.serve() as client:
+        for version in ("b" * 12, "a" * 12) * 10:
+            shelf.bundles[:] = [bundle(version=version)]
+            assert client.post("/reload").status_code == 200
+            assert answering(client).endswith(version)
+            assert len(alive) <= 2
+        wait_until(lambda: len(alive) == 1)  # without the garbage collector's help, which may come late
+
+
+def test_the_metrics_show_what_is_loaded() -> None:
+    shelf = Shelf([bundle(version="a" * 12), bundle("baseline")])
+    model = {"architecture": "recurrent", "task": "sentiment"}
+    info = {"precision": "fp32", "provider": "cpu", **model}
+    with shelf.serve() as client:
+        shelf.bundles[:] = [bundle(version="b" * 12)]
+        assert client.post("/reload").status_code == 200
+        assert shelf.sample("refrain_model_info", version="a" * 12, **info) == 0
+        assert shelf.sample("refrain_model_info", version="b" * 12, **info) == 1
+        assert shelf.sample("refrain_model_memory_bytes", **model) == 1234
+        assert shelf.sample("refrain_model_memory_bytes", architecture="baseline", task="sentiment") == 0
+
+
+def test_models_come_and_go() -> None:
+    shelf = Shelf([bundle(), bundle("baseline")])
+    with shelf.serve() as client:
+        shelf.bundles[:] = [bundle(), bundle("baseline", "domain")]
+        assert client.post("/reload").json() == {
+            "loaded": ["domain-baseline@0123456789ab"],
+            "kept": ["sentiment-recurrent@0123456789ab"],
+            "removed": ["sentiment-baseline@0123456789ab"],
+        }
+        assert classify(client, architecture="baseline").status_code == 404
+        assert classify(client, task="domain").status_code == 200
+        schema = client.get("/openapi.json").json()["components"]["schemas"]["ClassifyRequest"]
+        assert schema["properties"]["task"]["examples"] == ["domain", "sentiment"]
+
+
+def test_a_changed_word_of_the_manifest_is_noticed() -> None:
+    shelf = Shelf([bundle()])
+    with shelf.serve() as client:
+        shelf.bundles[:] = [bundle(labels=["no", "yes"])]
+        assert client.post("/reload").json()["loaded"] == ["sentiment-recurrent@0123456789ab"]
+        assert set(classify(client).json()["results"][0]["scores"]) == {"no", "yes"}
+
+
+@pytest.mark.parametrize(
+    ("found", "why"),
+    [
+        ([bundle(version="c" * 12)], "c" * 12 + " does not load"),
+        ([bundle("baseline", version="d" * 12), bundle(version="c" * 12)], "c" * 12 + " does not load"),
+        ([bundle("baseline"), bundle("third")], "REFRAIN_ROUTING names recurrent, but task sentiment has"),
+    ],
+)
+def test_what_is_bad_changes_nothing_and_is_said(found: list[Bundle], why: str) -> None:
+    shelf = Shelf([bundle(), bundle("baseline")], bad={"c" * 12})
+    with shelf.serve() as client:
+        before = client.get("/models").json()
+        shelf.bundles[:] = found
+        answer = client.post("/reload")
+        assert (answer.status_code, answer.json()["code"]) == (409, "reload_failed")
+        assert why in answer.json()["detail"]
+        assert client.get("/models").json() == before
+        assert answering(client) == "sentiment-recurrent@0123456789ab"
+        assert client.get("/healthz").status_code == 200
+        assert shelf.others_told == 0
+
+
+def test_one_reload_after_the_other() -> None:
+    shelf = Shelf([bundle(version="a" * 12)])
+    slow = FakeEngine()
+    with shelf.serve() as client, ThreadPoolExecutor() as pool:
+        shelf.engines.append(slow)
+        shelf.make = lambda bundle: slow  # type: ignore[method-assign]
+        slow.gate.clear()
+        shelf.bundles[:] = [bundle(version="b" * 12)]
+        first = pool.submit(client.post, "/reload")
+        assert slow.entered.wait(timeout=10)
+        second = pool.submit(client.post, "/reload")
+        assert answering(client).endswith("a" * 12)  # while the new one warms up
+        slow.gate.set()
+        assert first.result(timeout=10).json()["loaded"] == ["sentiment-recurrent@" + "b" * 12]
+        assert second.result(timeout=10).json()["kept"] == ["sentiment-recurrent@" + "b" * 12]
+        assert answering(client).endswith("b" * 12)
+
+
+def test_nobody_reloads_without_a_key() -> None:
+    shelf = Shelf([bundle()])
+    with shelf.serve(api_keys=()) as client:
+        answer = client.post("/reload")
+        assert (answer.status_code, answer.json()["code"]) == (403, "reload_forbidden")
+        assert "REFRAIN_API_KEYS" in answer.json()["detail"]
+    with shelf.serve() as client:
+        assert client.post("/reload", headers={"X-API-Key": "wrong"}).status_code == 401
+
+
+@pytest.fixture
+def models(models_dir: Path, tmp_path: Path) -> Path:
+    """Bundles that may be changed."""
+    return shutil.copytree(models_dir, tmp_path / "models")
+
+
+def relabel(models: Path, *labels: str) -> None:
+    path = models / f"{tiny.DATASET}-recurrent" / MANIFEST
+    manifest = Manifest.model_validate_json(path.read_bytes()).model_copy(update={"labels": list(labels)})
+    path.write_text(manifest.model_copy(update={"version": content_version(manifest)}).model_dump_json())
+
+
+def labels(served: Process) -> set[str]:
+    """Those that are given by any of the processes, asked often enough to have met all of them."""
+    found = set()
+    for _ in range(20):
+        status, body = served.ask("POST", "/classify", {"inputs": "a wonderful film"}, KEY)
+        assert status == 200
+        found |= set(json.loads(body)["results"][0]["scores"])
+    return found
+
+
+def test_all_processes_follow_a_signal_and_a_call(models: Path, tmp_path: Path) -> None:
+    with serving(tmp_path / "log", models_dir=models, api_keys="key") as served:
+        relabel(models, "no", "yes")
+        served.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: labels(served) == {"no", "yes"}, 60)
+        relabel(models, "never", "always")
+        assert served.ask("POST", "/reload", None, KEY)[0] == 200
+        wait_until(lambda: labels(served) == {"never", "always"}, 60)
+        relabel(models, "one")
+        served.process.send_signal(signal.SIGHUP)
+        failures = lambda: [line for line in served.log_lines() if line["event"] == "reload failed"]  # noqa: E731
+        wait_until(lambda: len(failures()) == 2, 60)
+        assert all("labels" in line["reason"] for line in failures())
+        assert labels(served) == {"never", "always"}
+        assert served.process.poll() is None
