@@ -10,6 +10,12 @@ from starlette.types import Receive
 from service.errors import BodyTooLarge, BodyTooSlow, ClientGone
 
 
+def most_bytes(request: Request, max_bytes: int) -> int:
+    """How long the body can get: as announced, else as long as any may be."""
+    announced = request.headers.get("content-length", "")
+    return min(int(announced), max_bytes) if announced.isdecimal() else max_bytes
+
+
 async def read_body(request: Request, *, max_bytes: int, seconds: float) -> bytes:
     """Read the whole body; raises BodyTooLarge as soon as that is known, BodyTooSlow, ClientGone."""
     announced = request.headers.get("content-length", "")

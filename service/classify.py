@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import Receive
 
 from service.batcher import temperature_after
-from service.body import client_left, read_body
+from service.body import client_left, most_bytes, read_body
 from service.errors import (
     ClientGone,
     DeadlineExceeded,
@@ -71,7 +71,7 @@ class Outcome:
 async def classify(request: Request) -> Response:
     """Answer POST /classify; raises RefrainError for every way that it can go wrong."""
     runtime: Runtime = request.app.state.runtime
-    with runtime.admitted():
+    with runtime.admitted(most_bytes(request, runtime.settings.max_body_bytes)):
         asked = await _read(request, runtime.settings, request.state.call)
         answer = await decide(asked, request)
     return Response(answer.model_dump_json(), media_type="application/json")
@@ -80,7 +80,7 @@ async def classify(request: Request) -> Response:
 async def decide(asked: ClassifyRequest, request: Request) -> ClassifyAnswer:
     """Choose who answers, and let them before the deadline; whatever the protocol, a request comes through here.
 
-    The caller holds `runtime.admitted()`, and has read the body to its end. Raises RefrainError.
+    The caller holds `runtime.admitted`, and has read the body to its end. Raises RefrainError.
     """
     runtime: Runtime = request.app.state.runtime
     call: Call = request.state.call

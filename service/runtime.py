@@ -34,6 +34,7 @@ from service.serving import Changes, Serving, changes, load, plan, take_over
 from service.settings import Settings
 
 LINGER_SECONDS = 1.0  # after the last answer: kept-alive clients meet a 503 with `Connection: close`, not a reset
+LONGEST_BODIES = 64  # that may be in memory at once
 RETIRE_SECONDS = 0.05  # between two looks whether a model that was replaced is still needed
 
 FindBundles = Callable[[], Sequence[Bundle]]
@@ -57,6 +58,7 @@ class Runtime:
         bundles = find()
         self.serving = plan(settings, bundles)
         self._in_flight: Counter[Serving] = Counter()  # requests by what was served when they came
+        self._body_bytes = 0  # of the requests in flight
         self._idle_since = 0.0
         self._draining_since: float | None = None
         self._reloading = threading.Lock()
@@ -161,18 +163,23 @@ class Runtime:
             raise Starting
 
     @contextmanager
-    def admitted(self) -> Iterator[None]:
-        """Count a request as accepted, which the drain waits for; raises what check_open raises, and QueueFull."""
+    def admitted(self, body_bytes: int) -> Iterator[None]:
+        """Count a request as accepted, which the drain waits for, before its body of at most that size is read.
+
+        Raises what check_open raises, and QueueFull.
+        """
         self.check_open()
         # Each accepted request brings a text at least, so more requests than the queues hold texts have no place there.
-        # Said before the body is read, it also bounds the memory that bodies take.
         serving = self.serving
-        if self._in_flight.total() >= self.settings.max_queue * len(serving.models):
+        too_many = self._in_flight.total() >= self.settings.max_queue * len(serving.models)
+        if too_many or self._body_bytes + body_bytes > LONGEST_BODIES * self.settings.max_body_bytes:
             raise QueueFull(1.0)
         self._in_flight[serving] += 1
+        self._body_bytes += body_bytes
         try:
             yield
         finally:
+            self._body_bytes -= body_bytes
             self._in_flight[serving] -= 1
             if not self._in_flight[serving]:
                 del self._in_flight[serving]  # it would keep its models in memory

@@ -8,13 +8,13 @@ from contextlib import ExitStack
 import pytest
 
 from service.errors import Draining, QueueFull, Starting
-from service.runtime import LINGER_SECONDS, Runtime
+from service.runtime import LINGER_SECONDS, LONGEST_BODIES, Runtime
 from tests.service.fakes import fake_app, running
 
 
 def test_nothing_is_admitted_before_the_models_are_there() -> None:
     runtime: Runtime = fake_app().app.state.runtime
-    with pytest.raises(Starting), runtime.admitted():
+    with pytest.raises(Starting), runtime.admitted(100):
         pass
 
 
@@ -35,7 +35,7 @@ def test_a_drain_ends_a_little_after_the_last_answer() -> None:
     fake = fake_app(drain_seconds=100)
     runtime: Runtime = fake.app.state.runtime
     with running(fake):
-        with runtime.admitted():
+        with runtime.admitted(100):
             runtime.drain()
             began = time.monotonic()
             assert not runtime.drained(began + LINGER_SECONDS + 1)
@@ -43,7 +43,7 @@ def test_a_drain_ends_a_little_after_the_last_answer() -> None:
         ended = time.monotonic()
         assert not runtime.drained(ended)
         assert runtime.drained(ended + LINGER_SECONDS)
-        with pytest.raises(Draining), runtime.admitted():
+        with pytest.raises(Draining), runtime.admitted(100):
             pass
 
 
@@ -52,7 +52,7 @@ def test_it_is_idle_from_the_last_answer_on() -> None:
     runtime: Runtime = fake.app.state.runtime
     with running(fake), ExitStack() as accepted:
         for _ in range(2):
-            accepted.enter_context(runtime.admitted())
+            accepted.enter_context(runtime.admitted(100))
         assert runtime.idle_seconds(time.monotonic() + 100) == 0
         accepted.close()
         assert 99 < runtime.idle_seconds(time.monotonic() + 100) <= 101
@@ -67,6 +67,19 @@ def test_no_more_requests_are_taken_in_than_the_queues_have_places() -> None:
     runtime: Runtime = fake.app.state.runtime
     with running(fake), ExitStack() as accepted:
         for _ in runtime.serving.models:
-            accepted.enter_context(runtime.admitted())
+            accepted.enter_context(runtime.admitted(100))
         with pytest.raises(QueueFull):
-            accepted.enter_context(runtime.admitted())
+            accepted.enter_context(runtime.admitted(100))
+
+
+def test_the_bodies_of_all_requests_together_are_bounded() -> None:
+    fake = fake_app(max_body_bytes=1024)
+    runtime: Runtime = fake.app.state.runtime
+    with running(fake), ExitStack() as accepted:
+        for _ in range(LONGEST_BODIES):
+            accepted.enter_context(runtime.admitted(1024))
+        with pytest.raises(QueueFull):
+            accepted.enter_context(runtime.admitted(1))
+        accepted.close()
+        with runtime.admitted(1024):
+            pass
