@@ -27,13 +27,15 @@ class ProcessTree(Collector):
 
     def __init__(self, directory: Path) -> None:
         self._pids = directory / PIDS
+        self._pid = ""
+        self._one = ProcessCollector(pid=lambda: self._pid, registry=None)
 
     def collect(self) -> Iterable[Metric]:
         """Sum over the processes that live, and take the CPU time of the dead from their parent, so it never falls."""
         for _ in range(TRIES):
             pids = self._pids.read_text().split()
             of_the_dead = _reaped_seconds(pids[0])
-            summed = _sum([_metrics(pid) for pid in pids])
+            summed = _sum([self._metrics(pid) for pid in pids])
             if _reaped_seconds(pids[0]) == of_the_dead:  # else one died meanwhile, and might count twice or not at all
                 break
         for metric in summed:
@@ -41,9 +43,9 @@ class ProcessTree(Collector):
                 metric.samples = [sample._replace(value=sample.value + of_the_dead) for sample in metric.samples]
         return summed
 
-
-def _metrics(pid: str) -> list[Metric]:
-    return list(ProcessCollector(pid=lambda: pid, registry=None).collect())  # empty for one that is gone
+    def _metrics(self, pid: str) -> list[Metric]:
+        self._pid = pid
+        return list(self._one.collect())  # empty for one that is gone
 
 
 def _sum(processes: Sequence[Sequence[Metric]]) -> list[Metric]:
