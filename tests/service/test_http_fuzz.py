@@ -48,7 +48,7 @@ def api(client: TestClient) -> BaseSchema:
 def paths() -> set[str]:
     of_model = [f"/v2/models/{{name}}{version}" for version in ("", "/versions/{version}")]
     of_models = {f"{path}{what}" for path in of_model for what in ("", "/ready", "/infer")}
-    own = {"/", "/classify", "/models", "/healthz", "/readyz", "/metrics"}
+    own = {"/", "/classify", "/models", "/reload", "/healthz", "/readyz", "/metrics"}
     return own | {"/v2", "/v2/health/live", "/v2/health/ready"} | of_models
 
 
