@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ from typing import Any
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
+from service.metrics import DIRECTORY
 from service.settings import PREFIX
 from tests.service.fakes import wait_until
 
@@ -58,6 +60,9 @@ class Process:
     def workers(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children()
 
+    def metrics_directory(self) -> Path:
+        return Path(self.workers()[0].environ()[DIRECTORY])
+
     def log_lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.log.read_text().splitlines() if line.endswith("}")]
 
@@ -76,12 +81,21 @@ def serving(log: Path, **settings: str | Path) -> Iterator[Process]:
         wait_until(lambda: served.ask("GET", "/readyz")[0] == 200, SECONDS)
         yield served
     finally:
-        workers = served.workers() if process.poll() is None else []
-        process.kill()
-        process.wait(SECONDS)
-        for worker in workers:
-            with suppress(psutil.NoSuchProcess):
-                worker.kill()
+        end(served)
+
+
+def end(served: Process) -> None:
+    """Kill all of it at once, and tidy up what it then cannot."""
+    workers = served.workers() if served.process.poll() is None else []
+    directory = served.metrics_directory() if workers else None
+    served.process.kill()
+    served.process.wait(SECONDS)
+    for worker in workers:
+        with suppress(psutil.NoSuchProcess):
+            worker.kill()
+    if directory is not None:
+        psutil.wait_procs(workers, SECONDS)
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def find_port(served: Process) -> bool:

@@ -21,7 +21,6 @@ import psutil
 import pytest
 
 from service.errors import StartError
-from service.metrics import MEMORY
 from service.process_tree import CPU, ProcessTree, write_pids
 from service.sockets import listen, reserve
 from service.supervisor import LONGEST_PAUSE_SECONDS, pause_after
@@ -38,11 +37,6 @@ def served(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     """One service for the tests that leave it whole; what hangs for three seconds is replaced."""
     with serving(tmp_path_factory.mktemp("served") / "log", models_dir=models_dir, stuck_seconds="3") as served:
         yield served
-
-
-def directories() -> set[Path]:
-    """Where the services of this machine share their metrics."""
-    return set(Path(MEMORY).glob("refrain-*"))
 
 
 def whole(served: Process) -> bool:
@@ -192,20 +186,18 @@ def test_a_port_that_others_share_is_still_taken() -> None:
 
 
 def test_without_its_supervisor_a_service_ends(models_dir: Path, tmp_path: Path) -> None:
-    before = directories()
     with serving(tmp_path / "log", models_dir=models_dir) as served:
-        workers = served.workers()
-        assert len(workers) == 2
+        workers, directory = served.workers(), served.metrics_directory()
+        assert len(workers) == 2 and directory.is_dir()
         served.process.kill()
         assert psutil.wait_procs(workers, timeout=SECONDS)[1] == []
-        wait_until(lambda: directories() <= before)
+        assert not directory.exists()
 
 
 def test_a_second_signal_does_not_wait_and_leaves_nothing(models_dir: Path, tmp_path: Path) -> None:
-    before = directories()
     patient = {"drain_seconds": "600", "body_seconds": "600"}
     with serving(tmp_path / "log", models_dir=models_dir, **patient) as served:
-        workers = served.workers()
+        workers, directory = served.workers(), served.metrics_directory()
         with socket.create_connection(("127.0.0.1", served.port)) as dawdler:
             dawdler.sendall(b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\nExpect: 100-continue\r\n\r\n")
             assert dawdler.recv(100)  # taken in
@@ -216,7 +208,7 @@ def test_a_second_signal_does_not_wait_and_leaves_nothing(models_dir: Path, tmp_
             served.process.send_signal(signal.SIGINT)
             assert served.process.wait(SECONDS) == 0
         assert psutil.wait_procs(workers, timeout=SECONDS)[1] == []
-        assert directories() <= before
+        assert not directory.exists()
 
 
 def test_what_fails_after_the_start_is_tried_again(models_dir: Path, tmp_path: Path) -> None:
