@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from prometheus_client import Metric, ProcessCollector
+from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 PIDS = "pids"
@@ -23,12 +24,16 @@ def write_pids(directory: Path, pids: Sequence[int]) -> None:
 
 
 class ProcessTree(Collector):
-    """Memory, CPU time and open files, summed. Memory that processes share counts once for each."""
+    """Memory, CPU time and open files, summed, and how much memory there may be.
 
-    def __init__(self, directory: Path) -> None:
+    Memory that processes share counts once for each.
+    """
+
+    def __init__(self, directory: Path, memory_max: Path = Path("/sys/fs/cgroup/memory.max")) -> None:
         self._pids = directory / PIDS
         self._pid = ""
         self._one = ProcessCollector(pid=lambda: self._pid, registry=None)
+        self._memory_max = memory_max
 
     def collect(self) -> Iterable[Metric]:
         """Sum over the processes that live, and take the CPU time of the dead from their parent, so it never falls."""
@@ -41,7 +46,14 @@ class ProcessTree(Collector):
         for metric in summed:
             if metric.name == CPU:
                 metric.samples = [sample._replace(value=sample.value + of_the_dead) for sample in metric.samples]
-        return summed
+        return [*summed, *self._memory_limit()]
+
+    def _memory_limit(self) -> list[Metric]:
+        try:
+            limit = int(self._memory_max.read_text())
+        except (OSError, ValueError):  # no control groups here, or the limit is "max"
+            return []
+        return [GaugeMetricFamily("refrain_memory_limit_bytes", "Memory that all processes may take together.", limit)]
 
     def _metrics(self, pid: str) -> list[Metric]:
         self._pid = pid

@@ -157,6 +157,16 @@ def cpu_seconds(directory: Path) -> float:
     return float(metric.samples[0].value)
 
 
+@pytest.mark.parametrize(("said", "shown"), [("1073741824\n", [1073741824]), ("max\n", []), (None, [])])
+def test_memory_has_a_limit_only_where_one_is_set(said: str | None, shown: list[int], tmp_path: Path) -> None:
+    write_pids(tmp_path, [os.getpid()])
+    if said is not None:
+        (tmp_path / "memory.max").write_text(said)
+    metrics = ProcessTree(tmp_path, tmp_path / "memory.max").collect()
+    samples = [sample for metric in metrics for sample in metric.samples]
+    assert [sample.value for sample in samples if sample.name == "refrain_memory_limit_bytes"] == shown
+
+
 def test_a_process_that_stands_still_is_replaced(served: Process) -> None:
     hung = served.workers()[0]
     hung.suspend()
