@@ -13,16 +13,19 @@ TRAIN_OPTIONS ?= --batch-size 64 --learning-rate 6e-4 --num-epochs 6 --mixed-pre
 # Options of `make bench`; `python -m loadtest.bench --help` lists them.
 BENCH_OPTIONS ?=
 
-.PHONY: help serve test check format train export loadtest bench rules clean
+.PHONY: help serve test test-deploy check format train export loadtest bench rules clean
 
 help: ## Say what there is
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
 
 serve: $(SERVE)/ready ## Set up and serve the bundles in models/ on http://127.0.0.1:8000 (ACCELERATOR=gpu for CUDA)
 	exec $(SERVE)/bin/python -m service
 
-test: $(DEV)/ready ## Set up and run every test
+test: $(DEV)/ready ## Set up and run every test but those that deploy
 	$(DEV)/bin/python -m pytest
+
+test-deploy: $(DEV)/ready ## Test the deployment, with the real Prometheus where it is installed
+	$(DEV)/bin/python -m pytest -m "" tests/deploy
 
 check: $(DEV)/ready ## Format, lint, types, import directions
 	$(DEV)/bin/ruff format --check .

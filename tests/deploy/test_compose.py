@@ -60,7 +60,7 @@ def test_every_container_is_limited(name: str) -> None:
 @every_service
 def test_images_carry_a_tag_and_build_from_a_stage_that_exists(name: str) -> None:
     service = SERVICES[name]
-    assert re.search(r":(v[\d.]+|\$\{IMAGE_TAG:-\w+\})$", service["image"])
+    assert re.search(r":(v?\d+\.\d+\.\d+|\$\{IMAGE_TAG:-\w+\})$", service["image"])
     if "build" in service:
         stages = re.findall(r"^FROM \S+ AS (\S+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
         assert service["build"]["target"] in stages
@@ -80,6 +80,7 @@ def test_what_is_mounted_from_the_repository_exists_and_is_read_only(name: str) 
 def test_a_plain_up_starts_the_service_and_prometheus() -> None:
     assert {name for name, service in SERVICES.items() if "profiles" not in service} == {"service", "prometheus"}
     assert SERVICES["locust"]["profiles"] == ["load"]
+    assert SERVICES["grafana"]["profiles"] == ["dashboard"]
 
 
 def test_settings_passed_on_are_settings_of_the_application(settings_names: set[str]) -> None:
@@ -135,3 +136,37 @@ def test_prometheus_reads_the_file_that_is_mounted() -> None:
     mounts = dict(volume.split(":")[:2] for volume in SERVICES["prometheus"]["volumes"])
     assert f"--config.file={mounts['./monitoring/prometheus']}/prometheus.yml" in SERVICES["prometheus"]["command"]
     assert f"--storage.tsdb.path={mounts['prometheus']}" in SERVICES["prometheus"]["command"]
+
+
+def test_grafana_shows_the_dashboard_to_whoever_looks_and_lets_nobody_in() -> None:
+    environment = SERVICES["grafana"]["environment"]
+    assert environment["GF_AUTH_ANONYMOUS_ENABLED"] == "true"
+    assert environment["GF_AUTH_ANONYMOUS_ORG_ROLE"] == "Viewer"
+    assert environment["GF_AUTH_DISABLE_LOGIN_FORM"] == "true"
+    assert environment["GF_AUTH_BASIC_ENABLED"] == "false"
+    assert environment["GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION"] == "true"
+    assert not any("PASSWORD" in name for name in environment)
+
+
+def test_grafana_finds_what_it_is_given() -> None:
+    mounts = dict(reversed(volume.split(":")[:2]) for volume in SERVICES["grafana"]["volumes"])
+    provisioning = Path(mounts["/etc/grafana/provisioning/datasources"]).parent
+    (source,) = yaml.safe_load((ROOT / provisioning / "datasources/prometheus.yml").read_text())["datasources"]
+    published = SERVICES["prometheus"]["ports"][0].rpartition(":")[2]
+    assert source["type"] == "prometheus" and source["isDefault"] is True
+    assert source["url"] == f"http://prometheus:{published}"
+    assert source["jsonData"]["timeInterval"] == PROMETHEUS["global"]["scrape_interval"]
+    (provider,) = yaml.safe_load((ROOT / provisioning / "dashboards/refrain.yml").read_text())["providers"]
+    assert mounts["/etc/grafana/provisioning/dashboards"] == f"./{provisioning}/dashboards"
+    shown = ROOT / mounts[provider["options"]["path"]] / "refrain.json"
+    assert shown.is_file()
+    home = SERVICES["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+    assert home == f"{provider['options']['path']}/{shown.name}"
+
+
+def test_grafana_writes_only_where_it_may_and_asks_nobody_outside() -> None:
+    grafana = SERVICES["grafana"]
+    assert set(grafana["tmpfs"]) == {"/var/lib/grafana", "/tmp"}  # noqa: S108  # its data and its sockets
+    assert grafana["environment"]["GF_PLUGINS_PREINSTALL_DISABLED"] == "true"
+    for name in ("REPORTING_ENABLED", "CHECK_FOR_UPDATES", "CHECK_FOR_PLUGIN_UPDATES"):
+        assert grafana["environment"][f"GF_ANALYTICS_{name}"] == "false"
