@@ -14,7 +14,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive
 
-from service.batcher import temperature_after
 from service.body import client_left, most_bytes, read_body
 from service.errors import (
     ClientGone,
@@ -25,13 +24,14 @@ from service.errors import (
     RefrainError,
     TooManyInputs,
 )
-from service.jobs import Answer, Job, Text
+from service.jobs import Answer, Job
 from service.loading import Model
 from service.logs import Call
 from service.routing import Plan
 from service.runtime import Runtime
-from service.schemas import ClassifyAnswer, ClassifyRequest, Result, Timings, parse_request
+from service.schemas import ClassifyAnswer, ClassifyRequest, Timings, parse_request
 from service.settings import Settings
+from service.texts import Encoded, encode, probabilities, texts_to_run, to_result
 
 if TYPE_CHECKING:
     from service.shadow import Shadows
@@ -39,14 +39,6 @@ if TYPE_CHECKING:
 # One thread: a megabyte of text takes 80 times that while it is cut into tokens, and so the next waits.
 _TOKENIZER_THREAD = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize")
 INLINE_CHARACTERS = 8_192  # up to here tokenizing takes less than handing it to a thread and back is worth
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """One text as it will run."""
-
-    ids: list[int]
-    truncated: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +115,7 @@ async def _follow(plan: Plan[Model], asked: ClassifyRequest, deadline: float, re
     unsure = [
         place
         for place, outcome in enumerate(outcomes)
-        if not outcome.answer.degraded and max(probabilities(outcome.model, outcome.answer)) < plan.threshold
+        if not outcome.answer.degraded and max(probabilities(outcome.model.manifest, outcome.answer)) < plan.threshold
     ]
     if unsure:
         for place, outcome in zip(unsure, await _run(plan.then, asked, unsure, deadline, request), strict=True):
@@ -149,7 +141,7 @@ async def _run(
     encoded = await tokenize(model, asked, places)
     tokenize_seconds = time.monotonic() - started
     call.tokens = (call.tokens or 0) + sum(len(text.ids) for text in encoded)
-    job = model.batcher.submit(texts_to_run(asked, model, encoded, sure), deadline)
+    job = model.batcher.submit(texts_to_run(asked, model.manifest, encoded, sure), deadline)
     results = zip(places, encoded, await _wait(job, request.receive), strict=True)
     outcomes = [Outcome(model, text, _good(asked, place, result), tokenize_seconds) for place, text, result in results]
     call.iterations = (call.iterations or 0) + sum(outcome.answer.iterations for outcome in outcomes)
@@ -157,7 +149,9 @@ async def _run(
 
 
 def _answer(asked: ClassifyRequest, outcomes: Sequence[Outcome], call: Call) -> ClassifyAnswer:
-    results = [_result(asked, outcome) for outcome in outcomes]
+    results = [
+        to_result(asked, outcome.model.bundle, outcome.text, outcome.answer, asked.top_k) for outcome in outcomes
+    ]
     timings = Timings(
         tokenize=_ms(max(outcome.tokenize_seconds for outcome in outcomes)),
         queue=_ms(max(outcome.answer.queue_seconds for outcome in outcomes)),
@@ -168,39 +162,25 @@ def _answer(asked: ClassifyRequest, outcomes: Sequence[Outcome], call: Call) -> 
     return ClassifyAnswer(id=call.id, task=outcomes[0].model.manifest.task, results=results, timings_ms=timings)
 
 
-def texts_to_run(asked: ClassifyRequest, model: Model, encoded: Sequence[Encoded], sure: float = 0.0) -> list[Text]:
-    """Say what each text asks of the batcher; none leaves early while it is less sure than `sure`."""
-    iterations = asked.max_iterations or model.manifest.iterations
-    depth = 1 if model.manifest.iterations == 1 else iterations  # a baseline has no second pass to offer
-    calibrated = model.manifest.calibration.exit_threshold
-    threshold = calibrated if asked.exit_threshold is None else asked.exit_threshold
-    threshold = None if threshold is None else max(threshold, sure)
-    return [Text(text.ids, depth, threshold, asked.allow_fewer_iterations) for text in encoded]
-
-
 async def tokenize(
     model: Model, asked: ClassifyRequest, places: Sequence[int], thread: Executor | None = None
 ) -> list[Encoded]:
     """Turn the texts in these places into ids, cut to what the model takes; on `thread`, or wherever is quickest.
 
-    The class token comes first, so cutting the end keeps it. Raises InputEmpty, and InputTooLong where no cut is
-    wanted.
+    Raises InputEmpty, and InputTooLong where no cut is wanted.
     """
     texts, limit = [asked.texts[place] for place in places], model.manifest.max_tokens
-    encode = model.bundle.tokenizer.encode_batch_fast
     if thread is None and sum(map(len, texts)) <= INLINE_CHARACTERS:
-        encodings = encode(texts)
+        encoded = encode(model.bundle, texts)
     else:
-        encodings = await asyncio.get_running_loop().run_in_executor(thread or _TOKENIZER_THREAD, encode, texts)
-    encoded = []
-    for index, encoding in zip(places, encodings, strict=True):
-        ids = encoding.ids
-        if len(ids) <= 1:
+        loop = asyncio.get_running_loop()
+        encoded = await loop.run_in_executor(thread or _TOKENIZER_THREAD, encode, model.bundle, texts)
+    for index, text in zip(places, encoded, strict=True):
+        if text.is_empty:
             raise InputEmpty(f"Input {index} holds nothing but the class token once it is cut up.", index=index)
-        if len(ids) > limit and not asked.truncate:
-            detail = f"Input {index} has {len(ids)} tokens; the model takes {limit}."
-            raise InputTooLong(detail, index=index, tokens=len(ids), limit=limit)
-        encoded.append(Encoded(ids[:limit], len(ids) > limit))
+        if text.truncated and not asked.truncate:
+            detail = f"Input {index} has {text.whole} tokens; the model takes {limit}."
+            raise InputTooLong(detail, index=index, tokens=text.whole, limit=limit)
     return encoded
 
 
@@ -228,40 +208,6 @@ def _good(asked: ClassifyRequest, place: int, result: Answer | RefrainError) -> 
     if isinstance(result, RefrainError):
         raise result
     return result
-
-
-def _result(asked: ClassifyRequest, outcome: Outcome) -> Result:
-    model, text, answer = outcome.model, outcome.text, outcome.answer
-    labels = model.manifest.labels
-    scores = answer.logits.tolist() if asked.raw_scores else probabilities(model, answer)
-    values = [round(score, 6) for score in scores]
-    ranked = sorted(range(len(labels)), key=values.__getitem__, reverse=True)
-    shown = sorted(ranked[: asked.top_k])
-    return Result(
-        label=labels[ranked[0]],
-        score=values[ranked[0]],
-        scores={labels[index]: values[index] for index in shown},
-        architecture=model.manifest.architecture,
-        model=model.bundle.id,
-        iterations=answer.iterations,
-        tokens=len(text.ids),
-        truncated=text.truncated,
-        degraded=answer.degraded,
-    )
-
-
-def probabilities(model: Model, answer: Answer) -> list[float]:
-    """Say how likely each label is, calibrated, in the order of the model's labels."""
-    temperature = temperature_after(model.manifest.calibration.temperatures, answer.iterations)
-    return softmax(answer.logits.tolist(), temperature)
-
-
-def softmax(logits: Sequence[float], temperature: float) -> list[float]:
-    """Turn one text's logits into probabilities; for a handful of classes an array costs ten times as much."""
-    largest = max(logits)
-    powers = [math.exp((logit - largest) / temperature) for logit in logits]
-    total = sum(powers)
-    return [power / total for power in powers]
 
 
 def _ms(seconds: float) -> float:

@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
-from service.classify import Outcome, probabilities, texts_to_run, tokenize
+from service.classify import Outcome, tokenize
 from service.errors import DeadlineExceeded, Draining, QueueFull, RefrainError
 from service.jobs import Answer
 from service.loading import Model
 from service.runtime import Runtime
 from service.schemas import ClassifyRequest
+from service.texts import probabilities, texts_to_run
 
 OUTSTANDING = 8
 """Requests whose shadows may be on their way in one process."""
@@ -80,7 +81,7 @@ class Shadows:
 async def _run(model: Model, asked: ClassifyRequest, deadline: float) -> list[Answer | RefrainError]:
     asked = asked.model_copy(update={"allow_fewer_iterations": False})  # nobody waits, and only whole depth compares
     encoded = await tokenize(model, asked, range(len(asked.texts)), _THREAD)
-    job = model.batcher.submit(texts_to_run(asked, model, encoded), deadline, background=True)
+    job = model.batcher.submit(texts_to_run(asked, model.manifest, encoded), deadline, background=True)
     try:
         return await asyncio.wrap_future(job.future)
     except asyncio.CancelledError:  # too late, or the process ends
@@ -94,7 +95,7 @@ def verdict_on(error: RefrainError | TimeoutError) -> Verdict:
 
 
 def _scores(model: Model, answer: Answer) -> dict[str, float]:
-    return dict(zip(model.manifest.labels, probabilities(model, answer), strict=True))
+    return dict(zip(model.manifest.labels, probabilities(model.manifest, answer), strict=True))
 
 
 def compare(answered: Mapping[str, float], shadowed: Mapping[str, float]) -> tuple[bool, float]:

@@ -9,13 +9,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 NEVER_IN_THE_SERVICE = (
     "torch onnx onnxscript accelerate datasets sklearn training model_export loadtest "
-    "opentelemetry.sdk"  # an extra
+    "opentelemetry.sdk "  # an extra
+    "ray pyarrow"  # an extra as well, and slow to start
 )
 
 IMPORT_ALL = """
 import importlib, pkgutil, sys
 import service
-for module in pkgutil.iter_modules(service.__path__, "service."):
+for module in pkgutil.walk_packages(service.__path__, "service."):
     importlib.import_module(module.name)
 print(" ".join(name for name in sys.argv[1:] if name in sys.modules))
 """

@@ -19,12 +19,13 @@ from structlog.testing import capture_logs
 from service import shadow
 from service.batcher import Batcher
 from service.bundle import Bundle
-from service.classify import Encoded, Outcome
+from service.classify import Outcome
 from service.jobs import Answer
 from service.loading import Model
 from service.routing import position
 from service.runtime import LINGER_SECONDS, Runtime
 from service.schemas import ClassifyRequest
+from service.texts import Encoded
 from tests.service.fakes import Fake, FakeEngine, FloatArray, byte_tokenizer, fake_app, fake_bundle, running, wait_until
 from tests.service.live import classify_bytes, live
 
@@ -191,7 +192,7 @@ def test_a_cascade_s_threshold_is_on_calibrated_probabilities() -> None:
 
 def test_a_cascade_s_times_are_those_of_both_models() -> None:
     first, second = (
-        Outcome(NO_MODEL, Encoded([1], False), Answer(np.zeros(2, dtype=np.float32), n, "depth", n, 10 * n), 100 * n)
+        Outcome(NO_MODEL, Encoded([1], 1), Answer(np.zeros(2, dtype=np.float32), n, "depth", n, 10 * n), 100 * n)
         for n in (1, 2)
     )
     both = second.after(first)
@@ -434,7 +435,7 @@ def test_a_drain_waits_for_no_shadow_and_begins_none() -> None:
 def test_a_process_has_few_shadows_on_their_way() -> None:
     def answered(model: Model) -> Sequence[Outcome]:
         answer = Answer(np.array([0.0, 1.0], dtype=np.float32), 1, "depth", 0.0, 0.0)
-        return [Outcome(model, Encoded([1], False), answer, 0.0)]
+        return [Outcome(model, Encoded([1], 1), answer, 0.0)]
 
     with serving("fixed:recurrent") as setup:
         shadows = shadow.Shadows(setup.runtime)

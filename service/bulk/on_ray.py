@@ -1,0 +1,84 @@
+"""A job's units on Ray Data: a pool of workers, each with an engine, over the units whose shards are missing."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from service.bulk.classifier import Counts, UnitWorker
+from service.bulk.errors import BulkError
+
+OBJECT_STORE_BYTES = 128 << 20  # what passes through it are numbers of units and counts: texts never do
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # Ray reports to its makers unless told not to
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TOKENIZERS_PARALLELISM": "false",  # each worker has a core, not all of them
+}
+
+
+def run_units(
+    units: Sequence[int], *, out: Path, bundle: Path, batch_tokens: int, workers: int, gpus: int, address: str | None
+) -> Iterator[Counts]:
+    """What became of each unit, as they are done; raises BulkError where Ray or a worker fails."""
+    if not units:
+        return
+    ray = _import_ray()
+    with _started(ray, address, workers):
+        rows = ray.data.from_items([{"unit": unit} for unit in units], override_num_blocks=len(units))
+        done = rows.map(
+            UnitWorker,
+            fn_constructor_args=(str(out.resolve()), str(bundle.resolve()), batch_tokens),
+            compute=ray.data.ActorPoolStrategy(size=min(workers, len(units))),
+            num_cpus=1,
+            num_gpus=gpus,
+        )
+        try:
+            for row in done.iter_rows():
+                yield Counts(**row)
+        except ray.exceptions.RayError as error:
+            last = [line for line in str(error).splitlines() if line.strip()][-1]
+            raise BulkError(f"a worker failed: {last.strip()}. The same command goes on from here") from error
+
+
+def _import_ray() -> Any:
+    os.environ.update(QUIET)  # before Ray is imported, and for the processes that it starts
+    try:
+        import ray
+        import ray.data
+        import ray.exceptions
+    except ImportError as error:
+        raise BulkError(f"Ray Data is not installed ({error}): pip install -e '.[cpu,bulk]'") from error
+    return ray
+
+
+@contextmanager
+def _started(ray: Any, address: str | None, workers: int) -> Iterator[None]:
+    """A cluster of this process' own on loopback, without a dashboard; or the one at the address."""
+    local = {
+        "num_cpus": workers,
+        "include_dashboard": False,
+        "object_store_memory": OBJECT_STORE_BYTES,
+        "_node_ip_address": "127.0.0.1",
+    }
+    try:
+        ray.init(
+            address or "local",
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            **({} if address else local),
+        )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise BulkError(f"Ray does not start at {address or 'this machine'}: {str(error).strip()}") from error
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False  # ours counts shards of the whole job
+    context.print_on_execution_start = False
+    try:
+        yield
+    finally:
+        ray.shutdown()
