@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import fcntl
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,7 +95,7 @@ def _columns(unit: Unit, asked: Asked) -> list[str]:
         if unit.kind == "txt":
             return [asked.column] if asked.keep is None else []
         return [*first_object(unit), REST] if asked.keep is None else asked.keep
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, zlib.error, csv.Error, ValueError) as error:
         raise BulkError(f"{unit.file} cannot be read: {error}") from error
 
 

@@ -21,8 +21,6 @@ CHUNK_ROWS = 2048
 CHUNK_CHARACTERS = 4 << 20
 SHOWN = 60
 
-csv.field_size_limit(MAX_RECORD)
-
 
 @dataclass(frozen=True)
 class BadText:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import glob
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
@@ -17,6 +18,8 @@ KINDS: dict[str, Kind] = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet
 MAX_RECORD = 16 << 20
 """Bytes of the longest row; more means a quote that nobody closed, or no text file at all."""
 BOM = b"\xef\xbb\xbf"
+
+csv.field_size_limit(MAX_RECORD)
 
 
 class InputFile(BaseModel):
@@ -93,7 +96,7 @@ def cut_into_units(files: Iterable[InputFile], unit_bytes: int) -> list[Unit]:
     for file in files:
         try:
             bounds = [0, *_cuts(file, unit_bytes)]
-        except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        except (OSError, csv.Error, ValueError) as error:  # pyarrow's errors are ValueErrors
             raise BulkError(f"{file.path} cannot be read: {error}") from error
         units += [Unit(file=file.path, start=start, end=end) for start, end in pairwise(bounds)]
     return units
@@ -122,19 +125,23 @@ def _line_cuts(lines: BinaryIO, unit_bytes: int, size: int) -> Iterator[int]:
 
 
 def _record_cuts(lines: BinaryIO, unit_bytes: int) -> Iterator[int]:
-    """The same for CSV, where a line ends a row only if the quotes before it are even in number."""
-    end = row_began = unit_began = 0
-    quotes = 0
-    for line in iter(lambda: lines.readline(MAX_RECORD), b""):
-        end += len(line)
-        quotes += line.count(b'"')
-        if quotes % 2 == 0:
-            row_began = end
-            if end - unit_began >= unit_bytes:
-                yield end
-                unit_began = end
-        if end - row_began >= MAX_RECORD:
-            raise BulkError(f"{lines.name}: the row at byte {row_began} is longer than {MAX_RECORD} bytes: a quote?")
+    """The same for CSV, where not every end of a line ends a row: all of it is read."""
+    end = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal end
+        while line := lines.readline(MAX_RECORD + 1):
+            if len(line) > MAX_RECORD:
+                raise BulkError(f"{lines.name}: the line at byte {end} is longer than {MAX_RECORD} bytes")
+            text = (line if end else line.removeprefix(BOM)).decode("utf-8", "surrogateescape")
+            end += len(line)
+            yield text
+
+    began = 0
+    for _ in csv.reader(counted()):
+        if end - began >= unit_bytes:
+            yield end
+            began = end
 
 
 def _row_group_cuts(path: str, unit_bytes: int) -> Iterator[int]:
