@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ from service.bulk.classifier import Counts, UnitWorker
 from service.bulk.errors import BulkError
 
 OBJECT_STORE_BYTES = 128 << 20  # what passes through it are numbers of units and counts: texts never do
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # whatever the system: no process of Ray listens elsewhere
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",  # Ray reports to its makers unless told not to
     "RAY_BACKEND_LOG_LEVEL": "fatal",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # or it warns of what it will do in a later release
     "TOKENIZERS_PARALLELISM": "false",  # each worker has a core, not all of them
 }
 
@@ -27,7 +28,7 @@ def run_units(
     """What became of each unit, as they are done; raises BulkError where Ray or a worker fails."""
     if not units:
         return
-    ray = _import_ray()
+    ray = _import_ray(QUIET if address else QUIET | LOOPBACK)
     with _started(ray, address, workers):
         rows = ray.data.from_items([{"unit": unit} for unit in units], override_num_blocks=len(units))
         done = rows.map(
@@ -45,8 +46,8 @@ def run_units(
             raise BulkError(f"a worker failed: {last.strip()}. The same command goes on from here") from error
 
 
-def _import_ray() -> Any:
-    os.environ.update(QUIET)  # before Ray is imported, and for the processes that it starts
+def _import_ray(environment: Mapping[str, str]) -> Any:
+    os.environ.update(environment)  # before Ray is imported, and for the processes that it starts
     try:
         import ray
         import ray.data

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from service.app import create_app
 from service.settings import Settings
 from tests.service.fakes import wait_until
 
+pytestmark = pytest.mark.deploy  # Ray takes its time to start
+
 ROOT = Path(__file__).resolve().parents[2]
-ROWS = 3000
+ROWS = 2000
 SECONDS = 120
 
 
@@ -27,6 +30,7 @@ SECONDS = 120
 class Killed:
     """A job that was killed and then done."""
 
+    listening: set[str]
     before: dict[str, int]
     after: dict[str, int]
     rows: list[dict[str, Any]]
@@ -34,7 +38,7 @@ class Killed:
 
 
 def text(number: int) -> str | None:
-    return None if number % 500 == 7 else f"{'a film that goes on and on , ' * (number % 20)}charming or not {number}"
+    return None if number % 500 == 7 else f"{'a film that goes on and on , ' * (number % 12)}charming or not {number}"
 
 
 @pytest.fixture(scope="module")
@@ -48,21 +52,39 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Killed:
     first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_until(lambda: len(written(out)) >= 2 or first.poll() is not None, SECONDS)
-        family = psutil.Process(first.pid).children(recursive=True)
+        parent = psutil.Process(first.pid)
+        family = parent.children(recursive=True)
+        listening = {address for process in [parent, *family] for address in addresses(process)}
     finally:
         first.send_signal(signal.SIGKILL)
         first.wait()
-    left = psutil.wait_procs(family, timeout=SECONDS)[1]
-    assert not left, "Ray outlived the command"
+    left = psutil.wait_procs([process for process in family if "UnitWorker" in process.name()], timeout=SECONDS)[1]
+    assert not left, "workers outlived the command"
+    for process in family:  # Ray's own agents look after their parent once in a minute
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
     before = written(out)
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS)
     rows = [json.loads(line) for path in sorted(out.glob("part-*")) for line in path.read_text().splitlines()]
-    return Killed(before, written(out), rows, again)
+    return Killed(listening, before, written(out), rows, again)
+
+
+def addresses(process: psutil.Process) -> list[str]:
+    """Where a process takes connections."""
+    with suppress(psutil.NoSuchProcess):
+        connections = process.net_connections(kind="inet")
+        return [connection.laddr.ip for connection in connections if connection.status == psutil.CONN_LISTEN]
+    return []
 
 
 def written(out: Path) -> dict[str, int]:
     """When each shard was written."""
     return {path.name: path.stat().st_mtime_ns for path in out.glob("part-*")}
+
+
+def test_ray_listens_on_loopback_only(killed: Killed) -> None:
+    assert killed.listening
+    assert killed.listening <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
 
 
 def test_every_row_is_answered_once_and_in_order(killed: Killed) -> None:
