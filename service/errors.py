@@ -32,7 +32,8 @@ Exception
 │   └── DeadlineExceeded             504 deadline
 └── StartError                       the process cannot start: one line on stderr, exit status 1
     ├── SettingsError                a setting is misspelt or wrong
-    └── BundleError                  a bundle is missing or damaged
+    ├── BundleError                  a bundle is missing or damaged
+    └── BulkError                    a bulk job cannot be done as asked, or a file of it cannot be read
 """
 
 from __future__ import annotations
@@ -222,4 +223,8 @@ class SettingsError(StartError):
 
 
 class BundleError(StartError):
+    pass
+
+
+class BulkError(StartError):
     pass

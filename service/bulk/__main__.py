@@ -7,8 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from service.bulk.errors import BulkError
-from service.errors import StartError
+from service.errors import BulkError, StartError
 
 DESCRIPTION = """\
 Classify every row of IN with the engine of the service, and write shards of answers to OUT.
@@ -28,7 +27,7 @@ examples:
   python -m service.bulk lake/ answers --exit-threshold 1 --address 10.0.0.5:6379
 
 With --address the units run on that Ray cluster: the same release, IN, OUT and the bundle must be there under the same
-paths on each of its machines.
+paths on each of its machines. If it asks for a token, Ray takes it from RAY_AUTH_MODE=token and RAY_AUTH_TOKEN.
 exit status: 0 all shards are there, 1 not all (the reason is on stderr), 2 wrong options
 """
 
@@ -88,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     again.add_argument("--overwrite", action="store_true", help="drop the job in OUT and begin anew")
     work = parser.add_argument_group("work")
     work.add_argument(
-        "--concurrency", type=_positive, metavar="N", help="workers, each a core or a GPU; default: the cores"
+        "--concurrency", type=_positive, metavar="N", help="workers; default: one for each core, on CUDA for each GPU"
     )
     work.add_argument("--batch-tokens", type=_positive, metavar="N", help="in one batch; default: 512, on CUDA 8192")
     work.add_argument(
@@ -109,7 +108,6 @@ def _run(options: argparse.Namespace) -> int:
     from service.bulk.on_ray import run_units
     from service.bulk.summary import Summary
     from service.loading import BATCH_TOKENS
-    from service.settings import available_cpus
 
     bundle = choose_bundle(options)
     asked = what_is_asked(options, bundle)
@@ -121,7 +119,7 @@ def _run(options: argparse.Namespace) -> int:
             out=options.out,
             bundle=bundle.path,
             batch_tokens=options.batch_tokens or BATCH_TOKENS[asked.provider],
-            workers=options.concurrency or available_cpus(),
+            workers=options.concurrency,
             gpus=int(asked.provider == "cuda"),
             address=options.address,
         )

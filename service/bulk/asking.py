@@ -9,11 +9,11 @@ from typing import Any
 import onnxruntime as ort
 from pydantic import ValidationError
 
-from service.bulk.errors import BulkError
 from service.bulk.job import Asked, list_files
 from service.bulk.shards import Format
 from service.bundle import Bundle, find_bundles, load_bundle
 from service.engine import choose_precision, choose_provider
+from service.errors import BulkError
 from service.schemas import Options
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from service.batcher import Batcher, Limits, RunsBatches
-from service.bulk.errors import BulkError
 from service.bulk.job import read_job
 from service.bulk.rows import CHUNK_ROWS, BadText, read_chunks
 from service.bulk.shards import RESULT_FIELDS, new_shard
@@ -17,7 +16,7 @@ from service.bundle import Bundle, load_bundle
 from service.device_engine import DeviceEngine
 from service.engine import open_engine
 from service.engine_thread import EngineThread
-from service.errors import InferenceFailed, RefrainError
+from service.errors import BulkError, InferenceFailed, RefrainError
 from service.jobs import Exit
 from service.schemas import Options, Result
 from service.texts import encode, texts_to_run, to_result

@@ -13,10 +13,10 @@ from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from service.bulk.errors import BulkError
 from service.bulk.rows import check_columns, column_names, first_object
 from service.bulk.shards import REST, Format
 from service.bulk.units import InputFile, Unit, cut_into_units, find_files
+from service.errors import BulkError
 from service.schemas import Options
 
 JOB_FILE = "job.json"

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from service.bulk.errors import BulkError
 from service.bulk.units import BOM, MAX_RECORD, Unit
+from service.errors import BulkError
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -11,7 +11,7 @@ from typing import BinaryIO, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from service.bulk.errors import BulkError
+from service.errors import BulkError
 
 Kind = Literal["jsonl", "csv", "parquet", "txt"]
 KINDS: dict[str, Kind] = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet", ".txt": "txt"}

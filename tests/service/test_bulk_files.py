@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from service.bulk import rows, units
-from service.bulk.errors import BulkError
 from service.bulk.rows import BadText, read_chunks
 from service.bulk.units import Unit, cut_into_units, find_files
+from service.errors import BulkError
 
 TEXTS = st.lists(st.text(st.sampled_from('ab"\n\r,é😀 '), max_size=9), max_size=12)
 ANY_PLACE = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -52,6 +52,7 @@ def test_a_quote_inside_a_field_is_no_more_to_the_cuts_than_to_the_reader(tmp_pa
     for unit_bytes in range(1, 40):
         texts = [text for _, text in read_all(tmp_path / "a.csv", unit_bytes)]
         assert texts == ['a 5" pipe', "two\nlines", "three\nmore\nlines"]
+    assert len(cut_into_units(find_files(str(tmp_path / "a.csv")), 20)) == 2
 
 
 @ANY_PLACE

@@ -15,10 +15,10 @@ import pytest
 
 from service.bulk.__main__ import main
 from service.bulk.classifier import Classifier, UnitWorker, result_fields
-from service.bulk.errors import BulkError
 from service.bulk.job import JOB_FILE, Asked, Job, alone_in, list_files, open_job
 from service.bulk.rows import BadText, Chunk
 from service.bulk.shards import new_shard
+from service.errors import BulkError
 from service.schemas import Options
 from tests.service.fakes import FakeEngine, fake_app, fake_bundle, running
 
