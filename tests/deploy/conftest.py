@@ -8,6 +8,20 @@ from service import inference_protocol
 from service.app import router
 from service.settings import PREFIX, Settings, load_settings
 
+FIGURES: list[str] = []
+
+
+@pytest.fixture(scope="session")
+def figures() -> list[str]:
+    """What a test measured and does not assert; it is shown at the end."""
+    return FIGURES
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if FIGURES:
+        terminalreporter.section("measured")
+        terminalreporter.write("\n".join([*FIGURES, ""]))
+
 
 @pytest.fixture(scope="session")
 def served_paths() -> set[str]:
