@@ -14,6 +14,7 @@ from http.client import HTTPConnection, HTTPException
 from tests.service.fakes import wait_until
 
 ANSWER_SECONDS = 60.0  # until a client gives up on an answer
+FAULT_SECONDS = 0.02  # until one tries again that got no answer
 LOAD_SECONDS = 120.0  # until clients stop by themselves, whatever the test does
 
 Known = Mapping[str, Mapping[str, float]]
@@ -57,6 +58,8 @@ class Load:
             with closing(HTTPConnection("127.0.0.1", self.port, timeout=ANSWER_SECONDS)) as connection:
                 while not self.stop.is_set() and self._send(connection, next(texts)):
                     pass
+            if self.calls[-1].fault:
+                self.stop.wait(FAULT_SECONDS)
 
     def _send(self, connection: HTTPConnection, text: str) -> bool:
         """Whether the connection is good for another request."""
