@@ -19,7 +19,7 @@ from service.metrics import Metrics, ModelObserver
 from service.settings import Settings
 
 # On a CPU a call of 150 tokens is already as fast, for each token, as one of 2,000, and short turns are good for all.
-BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
+BATCH_TOKENS = {"cpu": 256, "cuda": 8192}
 WARM_UP_LENGTHS = (1, 16, 64)  # tokens; and the longest text
 
 

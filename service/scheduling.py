@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-ALIKE = 100
+ALIKE = 50
 """So many tokens of work are counted for every text, so that among short ones it is nearly the order of arrival."""
 
 

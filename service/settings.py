@@ -90,7 +90,7 @@ class Settings(BaseSettings):
     max_batch_tokens: int | None = Field(
         default=None,
         ge=1,
-        description="Most tokens in one batch, padding counted. Default: 512 on a CPU, 8192 on CUDA.",
+        description="Most tokens in one batch, padding counted. Default: 256 on a CPU, 8192 on CUDA.",
     )
     max_queue: int = Field(
         default=1024, ge=1, description="Most texts waiting for one model in one process; more get 429."
