@@ -58,6 +58,14 @@ def test_load_test_table_is_the_one_that_the_command_wrote() -> None:
     assert all(line in written for line in table)
 
 
+def test_benchmark_tables_are_those_that_the_command_wrote() -> None:
+    written = (ROOT / "docs/results/bench.md").read_text(encoding="utf-8").splitlines()
+    part = README[README.index("`make bench` measures") : README.index("## Train on your own texts")]
+    table = [line for line in part.splitlines() if line.startswith("|")]
+    assert table
+    assert set(table) <= set(written)
+
+
 def test_quality_is_the_manifests() -> None:
     for architecture in ("recurrent", "baseline"):
         manifest = json.loads((ROOT / f"models/sentiment-{architecture}/manifest.json").read_text())
