@@ -205,7 +205,7 @@ class Batcher:
         if fresh:
             for waiting, hidden in zip(fresh, self._engine.embed([w.text.ids for w in fresh]), strict=True):
                 waiting.hidden = hidden
-        states, logits_BC = self._engine.step([waiting.hidden for waiting in batch if waiting.hidden is not None])
+        states, logits_BC = self._engine.step([waiting.hidden for waiting in batch])
         for waiting, state in zip(batch, states, strict=True):
             waiting.hidden = state
         return [logits_C if np.isfinite(logits_C).all() else InferenceFailed() for logits_C in logits_BC]
@@ -257,8 +257,8 @@ class Batcher:
         completed = []
         with self._changed:
             for waiting, result in results:
-                waiting.result = result
                 if waiting.pool.remove(waiting):
+                    waiting.result = result
                     self._tell(result)
                     if waiting.job.answered():
                         completed.append(waiting.job)
