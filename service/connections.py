@@ -14,8 +14,10 @@ from typing import Any, cast
 
 import httptools
 import structlog
+from starlette.responses import Response
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from service.early_refusals import EarlyRefusal, EarlyRefusals
 from service.errors import HeadersTooLarge, HeadersTooSlow, InvalidHTTP, RefrainError, TooManyConnections
 from service.front import OPEN_PATHS
 from service.logs import Call, write_call
@@ -40,9 +42,13 @@ class Connection(HttpToolsProtocol):
     take its answer for `client_seconds`. No timer runs for it: `check_all` looks at all connections now and then.
     """
 
-    def __init__(self, *args: Any, runtime: Runtime, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, runtime: Runtime, refusals: EarlyRefusals, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.headers = []
+        self._refusals = refusals
+        self._refusal: EarlyRefusal | None = None  # of the request whose body is being read
+        self._held = b""  # what has come of that body
+        self._within = False  # a request has begun to come, and not ended
         self._metrics = runtime.metrics
         self._seconds = runtime.settings.client_seconds
         self._most = runtime.settings.max_connections
@@ -79,7 +85,8 @@ class Connection(HttpToolsProtocol):
         except RefrainError as error:
             self._refuse(error)
         else:
-            if self._until == math.inf and self._answered():  # a head's first part, or a body that nobody reads
+            waiting = self._within or self._unplaced  # for the rest of a head, or of a body that nobody reads
+            if waiting and self._until == math.inf and self._answered():
                 self._until = time.monotonic() + self._seconds
 
     def _parse(self, data: bytes) -> None:
@@ -101,6 +108,11 @@ class Connection(HttpToolsProtocol):
         kept = [name + b": " + value for name, value in self.headers if name != b"upgrade"]
         return b"\r\n".join([line, *kept, b"", b""])
 
+    def on_message_begin(self) -> None:
+        """Take the first bytes of a request."""
+        super().on_message_begin()
+        self._within = True
+
     def on_headers_complete(self) -> None:
         """Begin a request, unless something about its head or its connection forbids it."""
         if len(self.headers) > HEADERS:
@@ -113,21 +125,49 @@ class Connection(HttpToolsProtocol):
             raise TooManyConnections
         if len(self.pipeline) >= PIPELINED:
             raise InvalidHTTP(f"At most {PIPELINED} requests may wait on one connection.")
+        self._unplaced, self._until = 0, math.inf
+        if self.parser.get_method() == b"POST" and self.url == b"/classify" and self._answered():
+            self._refusal = self._refusals.find(self.headers)
+        if self._refusal is None:
+            self._begin()
+
+    def _begin(self) -> None:
         super().on_headers_complete()
         self.headers = []  # what is still added are trailers, which must not pass for headers (RFC 9110, 6.5.1)
         self.cycle.transport = self._cycle_transport
         self.cycle.keep_alive = self.cycle.keep_alive and not self._over
-        self._unplaced, self._until = 0, math.inf
 
     def on_body(self, body: bytes) -> None:
         """Take a part of the body."""
         self._unplaced = 0
-        super().on_body(body)
+        if self._refusal is None:
+            super().on_body(body)
+        else:
+            self._held += body
 
     def on_message_complete(self) -> None:
         """Take the end of a request, but not of one that comes again without its upgrade."""
-        if not self.parser.should_upgrade():
-            super().on_message_complete()
+        if self.parser.should_upgrade():
+            return
+        self._within = False
+        refusal, body = self._refusal, self._held
+        self._refusal, self._held = None, b""
+        if refusal is not None and self._refusals.stands(body):
+            self._refuse_early(refusal)
+            return
+        if refusal is not None:
+            self._begin()
+            super().on_body(body)
+        super().on_message_complete()
+
+    def _refuse_early(self, refusal: EarlyRefusal) -> None:
+        keeps = self.parser.get_http_version() == "1.1" and self.parser.should_keep_alive()
+        self._write(self._refusals.answer(refusal), refusal.call, closes=not keeps)
+        self.headers = []
+        if keeps:
+            super().on_response_complete()
+        else:
+            self.transport.close()
 
     def on_response_complete(self) -> None:
         """Go on to the next request; an idle connection keeps nothing of a body that nobody read."""
@@ -189,11 +229,16 @@ class Connection(HttpToolsProtocol):
         if not self._answered():  # the broken request itself: the app sees its client leave
             cycle.disconnected = True
             cycle.message_event.set()
-        headers = [*self.server_state.default_headers, *response.raw_headers, (b"x-request-id", call.id.encode())]
-        lines = [b"HTTP/1.1 %d %s" % (error.status, HTTPStatus(error.status).phrase.encode())]
-        lines += [name + b": " + value for name, value in headers]
-        self.transport.write(b"\r\n".join([*lines, b"", bytes(response.body)]))
+        self._write(response, call)
         self._end()
+
+    def _write(self, response: Response, call: Call, *, closes: bool = False) -> None:
+        """Write an answer that no app gave; one that `closes` says so here, unless it does by itself."""
+        headers = [*self.server_state.default_headers, *response.raw_headers, (b"x-request-id", call.id.encode())]
+        lines = [b"HTTP/1.1 %d %s" % (call.code, HTTPStatus(call.code).phrase.encode())]
+        lines += [name + b": " + value for name, value in headers]
+        lines += [b"connection: close"] * closes
+        self.transport.write(b"\r\n".join([*lines, b"", bytes(response.body)]))
 
     def _end(self) -> None:
         """Close, but let a client that is still sending stop first: closed at once, its answer is lost in a reset."""

@@ -30,6 +30,24 @@ Direct = Mapping[tuple[str, str], Callable[[Request], Awaitable[Response]]]
 """(method, path) -> what answers it without the application's router and middleware."""
 
 
+class ApiKeys:
+    """The keys of which a request must bring one; without any, each may come in."""
+
+    def __init__(self, keys: Sequence[SecretStr]) -> None:
+        self._keys = [key.get_secret_value().encode() for key in keys]
+
+    def admit(self, headers: Headers) -> bool:
+        """Whether one of them came, as `X-API-Key` or as a bearer token."""
+        if not self._keys:
+            return True
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        bearer = token if scheme.lower() == "bearer" else ""
+        offered = (headers.get("x-api-key") or bearer).encode("latin-1")
+        # All keys are compared before any is decided on, so the time tells nothing of which one matched.
+        matches = [hmac.compare_digest(offered, key) for key in self._keys]
+        return any(matches)
+
+
 class Front:
     """Plain ASGI around the app: no task and no copy of the body is made, so a client's leaving stays visible."""
 
@@ -40,7 +58,7 @@ class Front:
         self._direct = direct
         self._traced = traced
         self._metrics = metrics
-        self._keys = [key.get_secret_value().encode() for key in api_keys]
+        self._keys = ApiKeys(api_keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or pass the lifespan on."""
@@ -62,7 +80,7 @@ class Front:
             await send(message)
 
         try:
-            if self._keys and scope["path"] not in OPEN_PATHS and not self._admits(headers):
+            if scope["path"] not in OPEN_PATHS and not self._keys.admit(headers):
                 denied = problem_response(Unauthorized("An API key is needed, and none that came is right."), call)
                 denied.headers["www-authenticate"] = "Bearer"
                 await denied(scope, receive, send_with_id)
@@ -75,14 +93,6 @@ class Front:
                 await self._app(scope, receive, send_with_id)
         finally:
             self._record(call)
-
-    def _admits(self, headers: Headers) -> bool:
-        scheme, _, token = headers.get("authorization", "").partition(" ")
-        bearer = token if scheme.lower() == "bearer" else ""
-        offered = (headers.get("x-api-key") or bearer).encode("latin-1")
-        # All keys are compared before any is decided on, so the time tells nothing of which one matched.
-        matches = [hmac.compare_digest(offered, key) for key in self._keys]
-        return any(matches)
 
     def _record(self, call: Call) -> None:
         call.timings_ms.setdefault("total", round((time.monotonic() - call.started) * 1000, 3))

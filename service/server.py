@@ -13,10 +13,12 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.connections import Connection, allow_open_files, check_all
+from service.early_refusals import EarlyRefusals
 from service.runtime import Runtime
 
 KEEP_ALIVE_SECONDS = 75  # longer than common proxies keep theirs, so that the proxy closes first
 CHECK_TICKS = 3  # tenths of a second between two looks for clients that take too long
+TELL_TICKS = 10  # tenths of a second between two lines of log that sum up early refusals
 GIVE_UP_TICKS = 10  # tenths of a second that the engines may be found dead or stuck: long enough for a probe to see it
 LAST_SECONDS = 1  # after the drain, for what is still running then: it was given up
 
@@ -29,12 +31,13 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI, report: Callable[[str], None] = lambda phase: None) -> None:
         self._runtime: Runtime = app.state.runtime
+        self._refusals = EarlyRefusals(self._runtime)
         allow_open_files(self._runtime.settings.max_connections)
         # No limit_concurrency: it would turn probes away too, and in plain text. Runtime.admitted bounds the work.
         config = uvicorn.Config(
             app,
             loop="uvloop",
-            http=cast(type[asyncio.Protocol], partial(Connection, runtime=self._runtime)),
+            http=cast(type[asyncio.Protocol], partial(Connection, runtime=self._runtime, refusals=self._refusals)),
             ws="none",
             lifespan="on",
             log_config=None,
@@ -60,6 +63,8 @@ class Server(uvicorn.Server):
             self.should_exit = True
         if counter % CHECK_TICKS == 0:
             check_all(self.server_state.connections)
+        if counter % TELL_TICKS == 0:
+            self._refusals.tell()
         return await super().on_tick(counter)
 
     def _look_after_the_engines(self) -> None:
