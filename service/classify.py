@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -186,19 +186,25 @@ async def tokenize(
 
 async def _wait(job: Job, receive: Receive) -> list[Answer | RefrainError]:
     """Wait for a job, and give it up when the client leaves or the wait is cancelled, as by its deadline."""
-    done = asyncio.wrap_future(job.future)
+    loop = asyncio.get_running_loop()
+    over: asyncio.Future[None] = loop.create_future()
+
+    def settle(_: object = None) -> None:
+        if not over.done():
+            over.set_result(None)
+
+    job.future.add_done_callback(lambda _: loop.call_soon_threadsafe(settle))
     gone = asyncio.ensure_future(client_left(receive))
-    either: set[asyncio.Future[Any]] = {done, gone}
+    gone.add_done_callback(settle)
     try:
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        await over
     finally:
         gone.cancel()
-        unfinished = not done.done()
-        if unfinished:
+        if not job.future.done():
             job.abandon()
-    if unfinished:
+    if job.future.cancelled():
         raise ClientGone
-    return done.result()
+    return job.future.result()
 
 
 def _good(asked: ClassifyRequest, place: int, result: Answer | RefrainError) -> Answer:

@@ -7,15 +7,14 @@ import math
 import resource
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from http import HTTPStatus
-from types import SimpleNamespace
 from typing import Any, cast
 
 import httptools
 import structlog
 from starlette.responses import Response
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from service.early_refusals import EarlyRefusal, EarlyRefusals
 from service.errors import HeadersTooLarge, HeadersTooSlow, InvalidHTTP, RefrainError, TooManyConnections
@@ -32,6 +31,27 @@ LINGER_SECONDS = 2.0  # given to a client to stop sending and read its refusal
 SPARE_FILES = 128  # open files that are no connections: models, logs, the collector of the metrics
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 ASK_SECONDS, ASK_SECONDS_MOST = 0.02, 1.0  # between two looks whether a client that said its last word is still there
+
+
+class _CycleTransport:
+    """What a request's cycle sees of the transport.
+
+    It writes an answer's head together with what follows, since each write is a call of the system; and its closing
+    spares the answer that is on its way.
+    """
+
+    def __init__(self, cycle: RequestResponseCycle, transport: asyncio.Transport, close: Callable[[], None]) -> None:
+        self._cycle, self._transport = cycle, transport
+        # To HEAD nothing follows.
+        self._head: bytes | None = b"" if cycle.scope["method"] == "HEAD" else None
+        self.close, self.is_closing = close, transport.is_closing
+
+    def write(self, data: bytes) -> None:
+        if self._head is None and self._cycle.response_started:
+            self._head = data
+        else:
+            self._transport.write((self._head or b"") + data)
+            self._head = b""
 
 
 class Connection(HttpToolsProtocol):
@@ -61,9 +81,6 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """Count the connection in, and begin to wait for its first request."""
         super().connection_made(transport)
-        # What a request's cycle sees of the transport: its closing must spare the answer that is on its way.
-        seen = SimpleNamespace(write=transport.write, is_closing=transport.is_closing, close=self._end)
-        self._cycle_transport = cast(asyncio.Transport, seen)
         self._until = time.monotonic() + self._seconds
         above = len(self.connections) - self._most
         self._over = above > 0
@@ -134,7 +151,7 @@ class Connection(HttpToolsProtocol):
     def _begin(self) -> None:
         super().on_headers_complete()
         self.headers = []  # what is still added are trailers, which must not pass for headers (RFC 9110, 6.5.1)
-        self.cycle.transport = self._cycle_transport
+        self.cycle.transport = cast(asyncio.Transport, _CycleTransport(self.cycle, self.transport, self._end))
         self.cycle.keep_alive = self.cycle.keep_alive and not self._over
 
     def on_body(self, body: bytes) -> None:

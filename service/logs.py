@@ -12,6 +12,8 @@ import structlog
 # Probes and scrapes: asked every few seconds, so logged at debug only.
 QUIET_PATHS = frozenset({"/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"})
 
+_log = structlog.get_logger()
+
 
 @dataclass(slots=True)
 class Call:
@@ -58,7 +60,6 @@ def configure_logs(level: str) -> None:
 
 def write_call(call: Call) -> None:
     """Write the one line of a request; it holds no text, no key and no header but the request's id."""
-    log = structlog.get_logger()
     known = {
         "id": call.id,
         "method": call.method,
@@ -75,5 +76,5 @@ def write_call(call: Call) -> None:
         "client_gone": call.client_gone or None,
     }
     line = {key: value for key, value in known.items() if value is not None}
-    write = log.debug if call.path in QUIET_PATHS else log.info
+    write = _log.debug if call.path in QUIET_PATHS else _log.info
     write("request", **line, timings_ms=call.timings_ms)

@@ -105,6 +105,7 @@ class Metrics:
             buckets=SECONDS,
             registry=registry,
         )
+        self._durations: dict[tuple[str, tuple[str, str]], Histogram] = {}
         # The autoscaler. As of all gauges, what a dead process held is not counted.
         self.queue_depth = Gauge(
             "refrain_queue_depth",
@@ -205,10 +206,16 @@ class Metrics:
     def answered(self, model: tuple[str, str], timings_ms: Mapping[str, float]) -> None:
         """Take one answered request's times: `total`, and each stage by its name."""
         for stage, milliseconds in timings_ms.items():
-            if stage == "total":
-                self.request_duration.labels(*model).observe(milliseconds / 1000)
-            else:
-                self.stage_duration.labels(stage, *model).observe(milliseconds / 1000)
+            self._duration(stage, model).observe(milliseconds / 1000)
+
+    def _duration(self, stage: str, model: tuple[str, str]) -> Histogram:
+        """Where a stage's time of a model goes, looked up in the library once."""
+        found = self._durations.get((stage, model))
+        if found is None:
+            total = stage == "total"
+            found = self.request_duration.labels(*model) if total else self.stage_duration.labels(stage, *model)
+            self._durations[stage, model] = found
+        return found
 
     def decided(self, models: Iterable[tuple[str, str]]) -> None:
         """Count a cascade's texts by the (architecture, task) that answered each."""
