@@ -6,17 +6,21 @@ import random
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from service.app import create_app
 from service.batcher import Batcher, Limits
 from service.bundle import load_bundle
 from service.engine import Engine, Precision, open_engine
 from service.engine_thread import EngineThread
 from service.jobs import Answer, Text
+from service.settings import Settings
 from tests import tiny
+from tests.service.fakes import Fake, running
 from tests.service.test_batcher import Recorder
 
 CLIENTS, REQUESTS, LIST_LENGTH = 8, 12, 6
@@ -68,3 +72,31 @@ def test_load_changes_no_answer(models_dir: Path, architecture: str, deepest: in
     for text, answer in answered:
         expected = alone(engine, text)[answer.iterations - 1]
         np.testing.assert_allclose(answer.logits, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_load_changes_no_answer_of_a_cascade(models_dir: Path) -> None:
+    app = create_app(Settings(models_dir=models_dir, routing="cascade:recurrent,baseline=0.99"))
+    rng = random.Random(0)
+    vocabulary = load_bundle(models_dir / f"{tiny.DATASET}-recurrent").tokenizer.get_vocab()
+    words = sorted(filter(str.isalpha, vocabulary))
+    lists = [
+        [" ".join(rng.choices(words, k=rng.randint(1, 20))) for _ in range(rng.randint(1, LIST_LENGTH))]
+        for _ in range(CLIENTS * 6)
+    ]
+
+    with running(Fake(app, {})) as client, ThreadPoolExecutor(CLIENTS) as clients:
+
+        def ask(texts: list[str]) -> list[dict[str, Any]]:
+            answer = client.post("/classify", json={"inputs": texts})
+            assert answer.status_code == 200, answer.text
+            results: list[dict[str, Any]] = answer.json()["results"]
+            return results
+
+        together = [result for results in clients.map(ask, lists) for result in results]
+        apart = [result for texts in lists for text in texts for result in ask([text])]
+    assert {result["architecture"] for result in apart} == {"recurrent", "baseline"}, "no text or each was handed on"
+    for found, expected in zip(together, apart, strict=True):
+        scores, expected_scores = found.pop("scores"), expected.pop("scores")
+        assert scores == pytest.approx(expected_scores, abs=TOLERANCE)
+        assert found.pop("score") == pytest.approx(expected.pop("score"), abs=TOLERANCE)
+        assert found == expected
