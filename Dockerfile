@@ -48,7 +48,9 @@ FROM runtime AS loadtest
 COPY --from=loadtest-dependencies /opt/refrain /opt/refrain
 COPY --from=loadtest-content /app /app
 USER 10001:10001
-CMD ["locust", "--headless", "--locustfile", "loadtest/locustfile.py", "--host", "http://service:8000"]
+# matplotlib keeps a cache of fonts.
+ENV MPLCONFIGDIR=/tmp/matplotlib
+CMD ["python", "-m", "loadtest", "--host", "http://service:8000", "--output-dir", "/tmp/loadtest"]
 
 FROM runtime AS service
 COPY --from=service-dependencies /opt/refrain /opt/refrain

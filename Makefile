@@ -10,8 +10,9 @@ DATA := $(if $(DATA_DIR),--data-dir $(DATA_DIR))
 DATASET ?= sst2
 TASK ?= sentiment
 TRAIN_OPTIONS ?= --batch-size 64 --learning-rate 6e-4 --num-epochs 6 --mixed-precision bf16
-# Options of `make bench`; `python -m loadtest.bench --help` lists them.
+# Options of `make bench` and `make loadtest`; `python -m loadtest.bench --help` and `python -m loadtest --help` list them.
 BENCH_OPTIONS ?=
+LOADTEST_OPTIONS ?=
 
 .PHONY: help serve test test-deploy check format train export loadtest bench rules clean
 
@@ -48,8 +49,8 @@ export: $(DEV)/ready ## Export both runs into models/
 		$(DEV)/bin/python -m model_export runs/$(DATASET)-$$architecture models/$(TASK)-$$architecture $(DATA) || exit; \
 	done
 
-loadtest: $(DEV)/ready ## Compare recurrent and baseline under load; writes docs/results/loadtest.*
-	$(DEV)/bin/python -m loadtest
+loadtest: $(DEV)/ready ## Compare recurrent and baseline under load (LOADTEST_OPTIONS=--quick); writes docs/results/loadtest.*
+	$(DEV)/bin/python -m loadtest $(LOADTEST_OPTIONS)
 
 bench: $(DEV)/ready ## Measure the service against the raw runtime (BENCH_OPTIONS=--quick); writes docs/results/bench.*
 	$(DEV)/bin/python -m loadtest.bench $(BENCH_OPTIONS)

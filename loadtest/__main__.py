@@ -1,4 +1,4 @@
-"""`python -m loadtest`: the rounds in turn, then the table, the notes and the files."""
+"""`python -m loadtest`: the rounds in turn, then verdict, tables, notes and the files."""
 
 import signal
 import sys
@@ -6,10 +6,14 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from loadtest import figure, report
+from loadtest import report
 from loadtest.errors import LoadTestError
-from loadtest.options import ARCHITECTURES, Options, parse
-from loadtest.rounds import Round, run
+from loadtest.options import Options, parse
+from loadtest.rounds import Round, expected_seconds, run, subjects
+from loadtest.summary import summarise
+from loadtest.verdict import verdict
+
+GENERATOR_WAS_THE_LIMIT = 3
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,25 +29,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("loadtest: interrupted; the processes it started have ended, no report was written", file=sys.stderr)
         return 130
     _report(rounds, options)
-    return int(any(one.failed for one in rounds))
+    if any(one.failed for one in rounds):
+        return 1
+    return GENERATOR_WAS_THE_LIMIT if any(one.generator_limited for one in rounds) else 0
 
 
 def _all_rounds(options: Options) -> list[Round]:
-    """Alternating, so that a machine that slows down slows both."""
-    turns = [(name, number) for number in range(1, options.rounds + 1) for name in ARCHITECTURES]
-    rounds = []
-    with tqdm(turns, unit="round") as progress:
-        for name, number in progress:
-            progress.set_description(f"{name} {number} of {options.rounds}")
-            rounds.append(run(name, number, options))
-            rate = rounds[-1].figures.get("requests_per_second", 0)
-            progress.set_postfix_str(f"{name}: {rate:.0f} requests/s")
+    """Alternating, so that a machine that slows down slows all."""
+    turns = [(name, number) for number in range(1, options.rounds + 1) for name in subjects(options)]
+    each, rounds = expected_seconds(options), list[Round]()
+    form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}, about {remaining} left"
+    with tqdm(total=each * len(turns), bar_format=form) as progress:
+        for done, (name, number) in enumerate(turns):
+            progress.set_description(f"round {number} of {options.rounds}, {name}")
+
+            def passed(seconds: float, end: float = each * (done + 1)) -> None:
+                progress.update(min(seconds, end - progress.n))
+
+            rounds.append(run(name, number, options, passed))
+            progress.update(each * (done + 1) - progress.n)
     return rounds
 
 
 def _report(rounds: Sequence[Round], options: Options) -> None:
-    written = [*report.write(rounds, options), figure.write(rounds, options)]
-    print(report.table(rounds))
+    from loadtest import figure  # takes a second to import, which --help should not
+
+    written = report.write(rounds, options, figure.draw(rounds, options))
+    summary = summarise(rounds)
+    for load in options.loads():
+        print(f"\n{load.title}\n{report.table(summary, load.name, report.rows(load))}")
+    print(f"\n{report.overview(summary, options.loads(), options.service_level_ms)}\n")
+    print(report.as_lines(verdict(summary, options)).replace("**", ""))
     for note in report.notes(rounds, options):
         print(f"\n{note}")
     print("\nwritten:", *written)

@@ -4,42 +4,85 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal, get_args
 from urllib.parse import urlsplit
 
-ARCHITECTURES = ("recurrent", "baseline")
+from loadtest.job import Arrivals
+from loadtest.schedule import Shape
+
+KEY_NAME = "LOADTEST_API_KEY"
+"""The environment variable with the API key. Not a REFRAIN_ one: the service refuses names that it does not know."""
+
+Architecture = Literal["recurrent", "baseline"]
+ARCHITECTURES: tuple[Architecture, ...] = ("recurrent", "baseline")
+_LISTS = 32
+"""Texts in a list, where lists are compared with single texts."""
+_LIST_USERS = 4
 
 _DESCRIPTION = """\
-Compare the recurrent model with the baseline under load.
+Compare the recurrent model with the baseline under load, and say which one to take for which load.
 
-Starts the service with one architecture at a time, in turn, drives it with Locust, and reports requests/s, latency,
-memory and CPU side by side: medians over the rounds, with the lowest and the highest. With --host it drives a service
-that already runs, and picks the architecture in each request."""
+Starts the service with one architecture at a time, in turn, then with both; drives it with Locust and reports
+throughput within the service level, latency, memory, CPU time and its cost: medians over the rounds, with the lowest
+and the highest. With --host it drives a service that already runs, and picks the architecture in each request.
 
-_EPILOG = """\
+Without --shape three loads are measured: single texts of some users, lists of 32 texts, and single texts that arrive
+at random, faster in every step until the service level breaks. Arrivals are due at moments fixed beforehand, and
+their latency runs from then, whether or not the load generator was free."""
+
+_EPILOG = f"""\
 examples:
   python -m loadtest
-  python -m loadtest --rounds 5 --users 64 --mixed
-  python -m loadtest --texts reviews.jsonl.gz --list-size 32
-  python -m loadtest --host http://127.0.0.1:8000
+  python -m loadtest --quick
+  python -m loadtest --rounds 5 --users 64 --lengths sentences
+  python -m loadtest --texts reviews.jsonl.gz --task sentiment --exit-threshold 1
+  python -m loadtest --shape step --rate 100 --service-level-ms 50
+  python -m loadtest --shape spike --rate 400 --duration 30
+  python -m loadtest --shape ramp --arrivals users --users 64 --duration 30
+  {KEY_NAME}=... python -m loadtest --host https://classify.example.org --architectures recurrent
+
+environment: {KEY_NAME} is sent as X-API-Key, and shown nowhere
 
 exit status: 0 every request answered; 1 a request failed, or the service did not start or stop as it should;
-2 a wrong option; 130 interrupted"""
+2 a wrong option; 3 the load generator, not the service, was the limit, so a figure says too little; 130 interrupted"""
+
+
+@dataclass(frozen=True)
+class Load:
+    """One kind of load. `level`: users, or requests a second; None: half of what the users before it got."""
+
+    name: str
+    title: str
+    arrivals: Arrivals
+    shape: Shape
+    level: float | None
+    list_size: int
+    seconds: float
 
 
 @dataclass(frozen=True)
 class Options:
     """One load test. Field names are the option names; durations are in seconds."""
 
-    rounds: int = 3
+    shape: Shape | None = None
+    arrivals: Arrivals = "poisson"
+    rate: float = 100.0
     users: int = 16
-    duration: int = 20
-    warmup: float = 3.0
-    list_size: int = 1
+    list_size: int | None = None
+    rounds: int = 3
+    duration: float = 6.0
+    step_seconds: float = 2.5
+    warmup: float = 2.0
+    service_level_ms: float = 100.0
+    most_rate: float = 20_000.0
+    cost_per_core_hour: float = 0.04
+    architectures: tuple[Architecture, ...] = ARCHITECTURES
     task: str = "sentiment"
+    exit_threshold: float | None = None
     texts: Path | None = None
-    mixed: bool = False
+    lengths: Literal["mixed", "sentences"] = "mixed"
     seed: int = 7
     host: str | None = None
     service_python: str = sys.executable
@@ -48,24 +91,57 @@ class Options:
     stop_timeout: float = 45.0
     output_dir: Path = Path("docs/results")
 
-    def load(self) -> str:
-        """Who sends how much at a time, in words."""
-        size = "1 text" if self.list_size == 1 else f"{self.list_size} texts"
-        return f"{self.users} users, each with one request of {size} on its way"
+    def loads(self) -> list[Load]:
+        """What is measured in each round."""
+        if self.shape:
+            return [self._shaped(self.shape)]
+        users = Load("users", f"{self.users} users, single texts", "users", "steady", self.users, 1, self.duration)
+        size = self.list_size or _LISTS
+        listed = f"{_LIST_USERS} users, lists of {size}"
+        lists = Load("lists", listed, "users", "steady", _LIST_USERS, size, self.duration)
+        return [users, lists, Load("step", _STEP_TITLE, "poisson", "step", None, 1, self.step_seconds)]
+
+    def _shaped(self, shape: Shape) -> Load:
+        size = self.list_size or 1
+        sent = "single texts" if size == 1 else f"lists of {size}"
+        if shape == "step":
+            title = _STEP_TITLE if size == 1 else f"{sent}, faster in every step"
+            return Load("step", title, self.arrivals, shape, self.rate, size, self.step_seconds)
+        level, unit = (self.users, "users") if self.arrivals == "users" else (self.rate, f"{self.arrivals} requests/s")
+        return Load(shape, f"{shape}, {level:g} {unit}, {sent}", self.arrivals, shape, level, size, self.duration)
 
     def command(self) -> str:
-        """The command that repeats this load, without the paths and addresses of one machine."""
-        words = [
-            f"python -m loadtest --rounds {self.rounds} --users {self.users} --duration {self.duration}",
-            f"--warmup {self.warmup:g} --list-size {self.list_size} --task {self.task} --log-level {self.log_level}",
-            f"--texts {self.texts.name}" if self.texts else f"--seed {self.seed}",
-        ]
-        return " ".join(words + ["--mixed"] * self.mixed + ["--host URL"] * bool(self.host))
+        """The command that repeats this load, without the paths, names and addresses of one machine."""
+        hidden = {"host", "service_python", "output_dir", "ready_timeout", "stop_timeout"}
+        words = ["python -m loadtest"]
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in hidden and value != field.default:
+                shown = (
+                    value.name if isinstance(value, Path) else ",".join(value) if isinstance(value, tuple) else value
+                )
+                words.append(f"--{field.name.replace('_', '-')} {shown}")
+        return " ".join(words + ["--host URL"] * bool(self.host))
+
+
+_STEP_TITLE = "single texts, faster in every step"
+_QUICK = {"rounds": 1, "duration": 3.0, "step_seconds": 1.2, "warmup": 1.0}
+"""One round, and each part as short as percentiles allow."""
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
     """Options from the command line; argparse ends the process with status 2 and one line when one is wrong."""
-    return Options(**vars(_parser().parse_args(arguments)))
+    parser, words = _parser(), sys.argv[1:] if arguments is None else list(arguments)
+    if "--quick" in words:
+        parser.set_defaults(**_QUICK)
+    given = vars(parser.parse_args(words))
+    del given["quick"]
+    options = Options(**given)
+    if not options.shape and (options.arrivals, options.rate) != (Options.arrivals, Options.rate):
+        parser.error("--arrivals and --rate go with --shape")
+    if options.shape == "step" and options.arrivals == "users":
+        parser.error("--shape step goes with --arrivals poisson or constant: users slow down with the service")
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -77,6 +153,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     _add_load(parser.add_argument_group("load"))
+    _add_level(parser.add_argument_group("service level and cost"))
     _add_texts(parser.add_argument_group("texts"))
     _add_service(parser.add_argument_group("service"))
     parser.add_argument(
@@ -84,21 +161,46 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         default=Options.output_dir,
         metavar="DIR",
-        help="where loadtest.json, loadtest.md and loadtest.png go (default: %(default)s)",
+        help="where loadtest.json, .md, .html and .png go (default: %(default)s)",
     )
     return parser
 
 
 def _add_load(group: argparse._ArgumentGroup) -> None:
-    def add(name: str, kind: object, default: object, metavar: str, text: str) -> None:
-        group.add_argument(name, type=kind, default=default, metavar=metavar, help=f"{text} (default: {default})")  # type: ignore[arg-type]  # argparse's own type is private
+    group.add_argument(
+        "--shape", choices=get_args(Shape), help="one load of this shape, instead of the three (step: to the knee)"
+    )
+    group.add_argument(
+        "--arrivals",
+        choices=get_args(Arrivals),
+        default=Options.arrivals,
+        help="with --shape: requests at random moments, at even ones, or users who wait (default: %(default)s)",
+    )
+    _add(group, "--rate", _positive, Options.rate, "R", "with --shape: requests/s at its height; where steps begin")
+    _add(group, "--users", _whole, Options.users, "N", "who each send their next request on the last answer")
+    group.add_argument(
+        "--list-size",
+        type=_whole,
+        metavar="N",
+        help=f"texts in a list (default: {_LISTS} in the comparison, 1 with --shape)",
+    )
+    _add(group, "--rounds", _whole, Options.rounds, "N", "rounds for each architecture, alternating")
+    _add(group, "--duration", _positive, Options.duration, "S", "seconds of a load without steps")
+    _add(group, "--step-seconds", _positive, Options.step_seconds, "S", "seconds of a step")
+    _add(group, "--warmup", _seconds, Options.warmup, "S", "seconds of load before a round's measured part")
+    group.add_argument("--quick", action="store_true", help="about a minute: one short round, for a first look")
 
-    add("--rounds", _whole, Options.rounds, "N", "rounds for each architecture, alternating")
-    add("--users", _whole, Options.users, "N", "connections that each send their next request on the last answer")
-    add("--duration", _whole, Options.duration, "S", "seconds of measured load in a round")
-    add("--warmup", _seconds, Options.warmup, "S", "seconds of load before the measured part of a round")
-    add("--list-size", _whole, Options.list_size, "N", "texts in one request")
-    add("--task", str, Options.task, "NAME", "what is to be decided")
+
+def _add(group: argparse._ArgumentGroup, name: str, kind: object, default: object, metavar: str, text: str) -> None:
+    group.add_argument(name, type=kind, default=default, metavar=metavar, help=f"{text} (default: {default})")  # type: ignore[arg-type]  # argparse's own type is private
+
+
+def _add_level(group: argparse._ArgumentGroup) -> None:
+    level = "the 99th percentile stays below so many ms"
+    _add(group, "--service-level-ms", _positive, Options.service_level_ms, "MS", level)
+    _add(group, "--most-rate", _positive, Options.most_rate, "R", "steps go no higher than so many requests/s")
+    cost = "what a core costs for an hour; the default, in US dollars, is about what general-purpose machines cost"
+    _add(group, "--cost-per-core-hour", _seconds, Options.cost_per_core_hour, "X", cost)
 
 
 def _add_texts(group: argparse._ArgumentGroup) -> None:
@@ -107,17 +209,35 @@ def _add_texts(group: argparse._ArgumentGroup) -> None:
         type=_file,
         metavar="FILE",
         help='real texts: one a line, or JSON Lines with "text" where the name ends in .jsonl; also with .gz '
-        "(default: composed texts as long as sentences of film reviews)",
+        "(default: composed texts as long as real reviews)",
     )
     group.add_argument(
-        "--mixed", action="store_true", help="a tenth of the composed texts are reviews of 100-300 words"
+        "--lengths",
+        choices=("mixed", "sentences"),
+        default=Options.lengths,
+        help="of the composed texts; mixed: a tenth are reviews of 100 to 300 words (default: %(default)s)",
     )
     group.add_argument(
         "--seed", type=int, default=Options.seed, metavar="N", help="of the composed texts (default: %(default)s)"
     )
 
+    _add(group, "--task", str, Options.task, "NAME", "what is to be decided, as /models names it")
+    group.add_argument(
+        "--exit-threshold",
+        type=_share,
+        metavar="P",
+        help="above 0, up to 1: a text leaves once it is so sure; 1: never (default: each model's own)",
+    )
+
 
 def _add_service(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--architectures",
+        type=_architectures,
+        default=Options.architectures,
+        metavar="NAMES",
+        help=f"which to measure, comma-separated (default: {','.join(ARCHITECTURES)})",
+    )
     group.add_argument("--host", type=_url, metavar="URL", help="a running service; nothing is started")
     group.add_argument(
         "--service-python",
@@ -156,8 +276,27 @@ def _seconds(text: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds, 0 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, 0 or more")
     return value
+
+
+def _positive(text: str) -> float:
+    if value := _seconds(text):
+        return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+
+
+def _share(text: str) -> float:
+    if (value := _positive(text)) <= 1:
+        return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0, up to 1")
+
+
+def _architectures(text: str) -> tuple[Architecture, ...]:
+    named = text.split(",")
+    if wrong := [name for name in named if name not in ARCHITECTURES]:
+        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is none of {', '.join(ARCHITECTURES)}")
+    return tuple(architecture for architecture in ARCHITECTURES if architecture in named)
 
 
 def _file(text: str) -> Path:

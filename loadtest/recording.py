@@ -1,9 +1,7 @@
 """What the load generator saw, request by request, so that percentiles come from every response time, not buckets."""
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 
 _DISTINCT_FAILURES = 20
 """So many reasons are told apart; the rest is counted together, as a reason may hold text that varies."""
@@ -27,9 +25,7 @@ class Recording:
         if failure is None:
             self.milliseconds.append(milliseconds)
         else:
-            known = failure in self.failures or len(self.failures) < _DISTINCT_FAILURES
-            reason = failure if known else "other reasons"
-            self.failures[reason] = self.failures.get(reason, 0) + 1
+            count_failure(self.failures, failure)
 
     @property
     def seconds(self) -> float:
@@ -41,18 +37,18 @@ class Recording:
         """CPU cores that the load generator kept busy; it has one thread, so at 1 it can send no faster."""
         return self.generator_cpu_seconds / self.generator_wall_seconds if self.generator_wall_seconds else 0.0
 
-    def write(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
 
-    @classmethod
-    def read(cls, path: Path) -> "Recording":
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
+def count_failure(failures: dict[str, int], reason: str) -> None:
+    """One more of this reason, or of "other reasons" when too many are told apart already."""
+    known = reason in failures or len(failures) < _DISTINCT_FAILURES
+    reason = reason if known else "other reasons"
+    failures[reason] = failures.get(reason, 0) + 1
 
 
-def percentiles(values: Sequence[float], percents: Sequence[int]) -> list[float]:
-    """For each percent (1 to 100) the smallest of the values that at least so many of them do not exceed: nearest rank.
+def percentiles(values: Sequence[float], percents: Sequence[float]) -> list[float]:
+    """For each percent the smallest of the values that at least so many of them do not exceed: nearest rank.
 
-    Whole numbers, so that no rounding moves the rank.
+    Percents from 0.1 to 100, to a tenth: reckoned in whole tenths, so that no rounding moves the rank.
     """
     ordered = sorted(values)
-    return [ordered[-(-percent * len(ordered) // 100) - 1] for percent in percents]
+    return [ordered[-(-round(10 * percent) * len(ordered) // 1000) - 1] for percent in percents]

@@ -21,13 +21,19 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from loadtest.errors import LoadTestError
-from loadtest.options import Options
+from loadtest.options import KEY_NAME, Options
 
 _OPENER = build_opener(ProxyHandler({}))  # a proxy from the environment would be measured too
 _HTTP_SECONDS = 10.0
 _WARM_THREADS = 32
 GRACE_SECONDS = 5.0
 """Between SIGTERM and SIGKILL, for a child that is ended before its time."""
+
+
+def request_headers() -> dict[str, str]:
+    """What every request carries: the API key too, when the environment has one."""
+    key = os.environ.get(KEY_NAME, "")
+    return {"Content-Type": "application/json"} | ({"X-API-Key": key} if key else {})
 
 
 @dataclass(frozen=True)
@@ -64,8 +70,11 @@ def scrape(url: str) -> Metrics | None:
 def models(url: str) -> list[dict[str, Any]]:
     """What /models says of each loaded model; LoadTestError when it does not say it."""
     try:
-        with _OPENER.open(f"{url}/models", timeout=_HTTP_SECONDS) as answer:
+        with _OPENER.open(Request(f"{url}/models", headers=request_headers()), timeout=_HTTP_SECONDS) as answer:
             loaded: list[dict[str, Any]] = json.load(answer)["models"]
+    except HTTPError as error:
+        hint = f": set {KEY_NAME} to one of its API keys" if error.code == 401 else ""
+        raise LoadTestError(f"{url}/models answered {error.code}{hint}") from error
     except (OSError, HTTPException, ValueError, LookupError) as error:
         raise LoadTestError(f"{url}/models did not answer: {error}") from error
     return loaded
@@ -112,7 +121,7 @@ def warm_up(url: str, bodies: Sequence[bytes], *, users: int, seconds: float) ->
 
 def _classify(url: str, body: bytes) -> None:
     try:
-        request = Request(f"{url}/classify", data=body, headers={"Content-Type": "application/json"})
+        request = Request(f"{url}/classify", data=body, headers=request_headers())
         with _OPENER.open(request, timeout=_HTTP_SECONDS) as answer:
             answer.read()
     except HTTPError as error:

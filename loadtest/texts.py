@@ -104,13 +104,16 @@ def read_samples(path: Path) -> list[Sample]:
 
 
 def request_bodies(
-    texts: Sequence[str], *, list_size: int, architecture: str, task: str, exit_threshold: float = 1
+    texts: Sequence[str], *, list_size: int, architecture: str, task: str, exit_threshold: float | None = None
 ) -> list[bytes]:
     """JSON bodies for POST /classify that together send every text, `list_size` texts each (the last one filled up).
 
-    A list size of 1 sends the bare text, as most callers do. Unless told, no text leaves early.
+    A list size of 1 sends the bare text, as most callers do. Unless told, a text leaves early when the model's own
+    threshold says so.
     """
-    fields = {"architecture": architecture, "task": task, "exit_threshold": exit_threshold}
+    fields: dict[str, Any] = {"architecture": architecture, "task": task}
+    if exit_threshold is not None:
+        fields["exit_threshold"] = exit_threshold
     return [_body(chunk, fields) for chunk in chunks(texts, list_size)]
 
 

@@ -10,7 +10,7 @@ from matplotlib.ticker import FuncFormatter
 from loadtest.bench.options import BenchOptions, ModeName
 from loadtest.bench.run import Results
 from loadtest.bench.summary import FIXED, Summary
-from loadtest.report import Spread, number
+from loadtest.tables import Spread, number
 
 COLOURS: dict[ModeName, str] = {"recurrent": "#0072b2", "early-exit": "#009e73", "baseline": "#e69f00"}
 """Told apart by colour-blind readers too; recurrent and baseline as in the load test's figure."""

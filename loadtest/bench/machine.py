@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from loadtest import report
+from loadtest import tables
 
 _PACKAGES = ("onnxruntime", "onnxruntime-gpu", "tokenizers", "numpy", "uvicorn", "uvloop", "httptools", "fastapi")
 
@@ -16,7 +16,7 @@ _PACKAGES = ("onnxruntime", "onnxruntime-gpu", "tokenizers", "numpy", "uvicorn",
 def describe() -> dict[str, str]:
     """Cores, CPU, memory, versions and commit; what is not known is left out."""
     memory = f"{psutil.virtual_memory().total / 2**30:.0f} GiB"
-    found = {"machine": report.machine(), "usable cores": str(len(os.sched_getaffinity(0))), "memory": memory}
+    found = {"machine": tables.machine(), "usable cores": str(len(os.sched_getaffinity(0))), "memory": memory}
     found |= {"CPU": _cpu(), "kernel": platform.release(), "commit": _commit()}
     return {name: value for name, value in found.items() if value} | _versions()
 

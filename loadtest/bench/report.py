@@ -11,7 +11,8 @@ from loadtest.bench.options import BenchOptions
 from loadtest.bench.overload import Overload
 from loadtest.bench.run import Results
 from loadtest.bench.summary import Comparison, Summary, against_raw, between_modes
-from loadtest.report import GENERATOR_LIMIT, grid, number, shown
+from loadtest.steps import GENERATOR_CORES
+from loadtest.tables import grid, number, shown
 
 _OF_ONE_MACHINE = ("service_python", "output_dir", "models_dir")
 _HEAD = ("", "texts/s", "of raw", "p50, ms", "p95, ms", "p99, ms", "CPU ms a text", "load generator, a request")
@@ -182,11 +183,11 @@ def notes(results: Results) -> list[str]:
         said += [f"{where}: {count} requests failed: {reason}" for reason, count in one.failures.items()]
     if results.overload:
         said += [f"overload: {count} requests: {reason}" for reason, count in results.overload.unexpected.items()]
-    busy = [one for one in results.measured if one.figures.get("generator_cores", 0.0) >= GENERATOR_LIMIT]
+    busy = [one for one in results.measured if one.figures.get("generator_cores", 0.0) >= GENERATOR_CORES]
     if busy:
         named = "; ".join(f"{one.cell.mode}, {title(one.cell)}, round {one.round}" for one in busy)
         said.append(
-            f"The load generator was the limit, not the service ({named}): it used over {GENERATOR_LIMIT:.0%} of the "
+            f"The load generator was the limit, not the service ({named}): it used over {GENERATOR_CORES:.0%} of the "
             "one core it can use."
         )
     return said

@@ -5,7 +5,7 @@ from operator import sub, truediv
 
 from loadtest.bench.cells import Cell, Measured
 from loadtest.bench.options import ModeName
-from loadtest.report import Spread
+from loadtest.tables import Spread
 
 FIXED: dict[ModeName, ModeName] = {"recurrent": "recurrent", "early-exit": "recurrent", "baseline": "baseline"}
 """The mode whose raw cell is the ceiling of this one: the same model at fixed depth."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from loadtest.options import KEY_NAME, parse
 from service.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -79,7 +80,7 @@ def test_what_is_mounted_from_the_repository_exists_and_is_read_only(name: str) 
 
 def test_a_plain_up_starts_the_service_and_prometheus() -> None:
     assert {name for name, service in SERVICES.items() if "profiles" not in service} == {"service", "prometheus"}
-    assert SERVICES["locust"]["profiles"] == ["load"]
+    assert SERVICES["loadtest"]["profiles"] == ["load"]
     assert SERVICES["grafana"]["profiles"] == ["dashboard"]
 
 
@@ -110,12 +111,15 @@ def test_a_stop_is_heard_while_the_service_starts() -> None:
     assert SERVICES["service"]["init"] is True
 
 
-def test_locust_drives_the_service_when_it_is_ready(defaults: Settings) -> None:
-    locust = SERVICES["locust"]
-    options = dict(part.removeprefix("--").split("=", 1) for part in locust["command"] if "=" in part)
-    assert options["host"] == f"http://service:{defaults.port}"
-    assert (ROOT / options["locustfile"]).is_file()
-    assert locust["depends_on"]["service"]["condition"] == "service_healthy"
+def test_the_load_test_drives_the_service_when_it_is_ready(defaults: Settings) -> None:
+    loadtest = SERVICES["loadtest"]
+    program, *arguments = loadtest["entrypoint"]
+    assert (program, arguments[:2]) == ("python", ["-m", "loadtest"])
+    options = parse(arguments[2:])
+    assert options.host == f"http://service:{defaults.port}"
+    assert any(options.output_dir.is_relative_to(writable) for writable in loadtest["tmpfs"])
+    assert KEY_NAME in loadtest["environment"]
+    assert loadtest["depends_on"]["service"]["condition"] == "service_healthy"
 
 
 def test_prometheus_scrapes_the_service(served_paths: set[str], defaults: Settings) -> None:

@@ -27,7 +27,8 @@ def test_settings_and_metrics_are_the_applications(settings_names: set[str]) -> 
 def test_rows_are_those_of_the_report() -> None:
     report = (ROOT / "docs/results/loadtest.md").read_text()
     for row in (
-        "CPU seconds per 1,000 texts",
+        "texts/s within the service level",
+        "CPU seconds per million texts",
         "busy cores, load generator",
         "process memory peak, MB",
         "model memory, MB",

@@ -19,11 +19,11 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copy(Path(__file__).with_name("stand_in.py"), package / "__main__.py")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    for name in [name for name in os.environ if name.startswith(("REFRAIN_", "LOCUST_"))]:
+    for name in [name for name in os.environ if name.startswith(("REFRAIN_", "LOADTEST_"))]:
         monkeypatch.delenv(name)
     return tmp_path
 
 
 @pytest.fixture
 def command() -> list[str]:
-    return [sys.executable, "-m", "loadtest", "--rounds", "1", "--users", "4", "--warmup", "0.2", "--output-dir", "out"]
+    return [sys.executable, "-m", "loadtest", "--rounds", "1", "--warmup", "0.1", "--output-dir", "out"]

@@ -12,6 +12,10 @@ from pathlib import Path
 import pytest
 
 from loadtest import target
+from loadtest.driver import drive
+from loadtest.job import Arrivals, Job
+from loadtest.options import Options, parse
+from loadtest.texts import request_bodies
 
 
 def run(command: list[str], *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -29,68 +33,115 @@ def wait_until(true: Callable[[], bool], what: str) -> None:
         time.sleep(0.05)
 
 
+USERS = ("--shape", "steady", "--arrivals", "users", "--users", "4", "--duration", "1")
+
+
 def test_both_architectures_are_measured_and_reported(stand_in: Path, command: list[str]) -> None:
-    ended = run(command, "--duration", "2", "--list-size", "2")
-    assert ended.returncode == 0, ended.stderr
+    ended = run(command, *USERS, "--list-size", "2")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "| requests/s" in ended.stdout
+    assert "Take recurrent for" in ended.stdout
     written = json.loads((stand_in / "out/loadtest.json").read_text())
-    assert [one["architecture"] for one in written["rounds"]] == ["recurrent", "baseline"]
-    assert not any(one["failures"] or one["stop_fault"] for one in written["rounds"])
-    summary = written["summary"]
-    assert summary["p50_ms"]["ratio"] < 1 < summary["requests_per_second"]["ratio"]  # the stand-in is made so
-    assert summary["texts_per_second"]["recurrent"]["median"] == pytest.approx(
-        2 * summary["requests_per_second"]["recurrent"]["median"]
-    )
-    assert summary["model_memory_bytes"]["ratio"] == pytest.approx(1 / 3)
-    assert summary["idle_memory_bytes"]["baseline"]["median"] == 5e7
-    assert summary["peak_memory_bytes"]["baseline"]["median"] == 6e7
-    assert summary["cpu_seconds_per_1000_texts"]["baseline"]["median"] > 0
+    assert [one["subject"] for one in written["rounds"]] == ["recurrent", "baseline", "both"]
+    assert not any(one["stop_fault"] or one["measured"][0]["failures"] for one in written["rounds"])
+    load = written["summary"]["steady"]
+    assert load["recurrent"]["p50_ms"]["median"] < load["baseline"]["p50_ms"]["median"]  # the stand-in is made so
+    assert load["both: recurrent"]["p50_ms"]["median"] < load["both: baseline"]["p50_ms"]["median"]
+    for figures in (load["recurrent"], load["both"]):
+        assert figures["texts_per_second"]["median"] == pytest.approx(2 * figures["requests_per_second"]["median"])
+    assert load["baseline"]["cpu_seconds_per_million_texts"]["median"] > 0
+    memory = written["summary"]["memory"]
+    assert memory["recurrent"]["model_memory_bytes"]["median"] == 4e6
+    assert memory["both"]["model_memory_bytes"]["median"] == 16e6
+    assert memory["baseline"]["idle_memory_bytes"]["median"] == 5e7
+    assert memory["baseline"]["peak_memory_bytes"]["median"] == 6e7
     assert (stand_in / "out/loadtest.png").read_bytes().startswith(b"\x89PNG")
-    markdown = (stand_in / "out/loadtest.md").read_text()
-    assert "precision int8" in markdown
-    assert str(stand_in) not in markdown + json.dumps(written)
-    assert sys.executable not in markdown + json.dumps(written)
+    texts = [(stand_in / f"out/loadtest.{kind}").read_text() for kind in ("md", "html", "json")]
+    assert all("precision int8" in text for text in texts[:2])
+    assert not any(str(stand_in) in text or sys.executable in text for text in texts)
+
+
+def test_steps_go_up_and_the_generator_owns_up_when_it_went_no_higher(stand_in: Path, command: list[str]) -> None:
+    ended = run(
+        command,
+        *("--shape", "step", "--architectures", "recurrent", "--service-level-ms", "900"),
+        *("--rate", "40", "--most-rate", "50", "--step-seconds", "0.2"),
+    )
+    assert ended.returncode == 3, ended.stdout + ended.stderr
+    assert "held up to the highest rate tried, 50.0 requests/s" in ended.stdout
+    written = json.loads((stand_in / "out/loadtest.json").read_text())
+    (measured,) = written["rounds"][0]["measured"]
+    assert [step["rate"] for step in measured["steps"]] == [40, 50]
+    assert written["summary"]["step"]["recurrent"]["level_texts_per_second"]["median"] == 50
 
 
 def test_refused_requests_and_a_bad_end_are_told_and_change_the_exit_status(
     stand_in: Path, command: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FAULT", "refuse,stop")
-    ended = run(command, "--duration", "1")
+    monkeypatch.setenv("FAULT", "refuse,stop,uncounted")
+    ended = run(command, *USERS, "--architectures", "baseline")
     assert ended.returncode == 1
     assert "requests failed: HTTP 429 queue_full" in ended.stdout
     assert "baseline, round 1: the service ended with status 3 on SIGTERM, not 0" in ended.stdout
-    one = json.loads((stand_in / "out/loadtest.json").read_text())["rounds"][0]
-    share = one["failures"]["HTTP 429 queue_full"] / (
-        one["figures"]["requests"] + one["failures"]["HTTP 429 queue_full"]
-    )
-    assert share == pytest.approx(0.2, abs=0.05)
+    assert "CPU time and cost are left out" in ended.stdout
+    (one,) = json.loads((stand_in / "out/loadtest.json").read_text())["rounds"][0]["measured"]
+    refused = one["failures"]["HTTP 429 queue_full"]
+    assert refused / (one["figures"]["requests"] + refused) == pytest.approx(0.2, abs=0.05)
 
 
-def test_a_running_service_is_driven_and_left_running(
+def test_a_running_service_is_driven_with_its_key_and_left_running(
     stand_in: Path, command: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FAULT", "other")
     port = target.free_port()
     settings = {"REFRAIN_ARCHITECTURES": "recurrent,baseline", "REFRAIN_HOST": "127.0.0.1"}
-    environment = os.environ | settings | {"REFRAIN_PORT": str(port)}
+    environment = os.environ | settings | {"REFRAIN_PORT": str(port), "KEY": "very-secret", "FAULT": "other"}
+    there = (*USERS, "--architectures", "recurrent", "--host", f"http://127.0.0.1:{port}")
     with subprocess.Popen([sys.executable, "-m", "service"], env=environment) as service:
         try:
-            ended = run(command, "--duration", "1", "--host", f"http://127.0.0.1:{port}")
+            target.wait_ready(f"http://127.0.0.1:{port}", 30)
+            refused = run(command, *there)
+            monkeypatch.setenv("LOADTEST_API_KEY", "very-secret")
+            absent = run(command, *there, "--task", "domain")
+            ended = run(command, *there)
             assert service.poll() is None
         finally:
             service.kill()
+    assert refused.returncode == 1
+    assert "answered 401: set LOADTEST_API_KEY to one of its API keys" in refused.stderr
+    assert absent.returncode == 1
+    assert "no recurrent model for the task 'domain'; it has sentiment (baseline), sentiment (rec" in absent.stderr
     assert ended.returncode == 1
     assert "results of ['somebody-else'], 1 in all" in ended.stdout
-    assert "process memory belongs to both" in ended.stdout
-    written = json.loads((stand_in / "out/loadtest.json").read_text())
-    assert written["summary"]["model_memory_bytes"]["ratio"] == pytest.approx(1 / 3)
-    assert "p50_ms" not in written["summary"]
+    assert "process memory belongs to all that it holds" in ended.stdout
+    written = (stand_in / "out/loadtest.json").read_text()
+    assert "very-secret" not in written + ended.stdout + ended.stderr + absent.stderr
+    assert json.loads(written)["summary"]["memory"]["recurrent"]["model_memory_bytes"]["median"] == 4e6
+    assert "p50_ms" not in json.loads(written)["summary"]["steady"]["recurrent"]
+
+
+@pytest.mark.parametrize(("arrivals", "waits_for_nobody"), [("constant", True), ("users", False)])
+def test_a_stall_is_seen_by_all_who_would_have_come_meanwhile(
+    stand_in: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arrivals: Arrivals, waits_for_nobody: bool
+) -> None:
+    monkeypatch.setenv("FAULT", "stall")
+    (body,) = request_bodies(["fine"], list_size=1, architecture="recurrent", task="sentiment")
+    with target.service("recurrent", Options(ready_timeout=30), tmp_path / "log") as (url, _):
+        level = 100 if waits_for_nobody else 1
+        job = Job(url, [("recurrent", body.decode())], 1, arrivals, "steady", level, 1.5, 100, 1000, "1")
+        trace = drive(job, lambda seconds: None).trace
+    stalled = [one for one in trace.answers if one.milliseconds > 200]
+    assert trace.failed == 0
+    assert trace.sent == len(trace.answers)
+    if waits_for_nobody:  # 800 ms without answers at 100 requests/s: those of the first 600 ms waited over 200
+        assert trace.sent == 150
+        assert len(stalled) >= 50
+    else:
+        assert len(stalled) == 1
 
 
 @pytest.mark.parametrize("way", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_ends_every_child(stand_in: Path, command: list[str], way: signal.Signals) -> None:
-    with subprocess.Popen([*command, "--duration", "60"], stderr=subprocess.PIPE, text=True) as loadtest:
+    with subprocess.Popen([*command, *USERS[:-1], "60"], stderr=subprocess.PIPE, text=True) as loadtest:
         wait_until(lambda: len(children(loadtest.pid)) == 2, "service and Locust run")
         started = children(loadtest.pid)
         loadtest.send_signal(way)
@@ -110,3 +161,30 @@ def test_help_tells_what_it_does_and_a_wrong_option_what_is_wrong(command: list[
     refused = run(command, "--users", "none")
     assert refused.returncode == 2
     assert "argument --users: 'none' is not a whole number of at least 1" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--shape", "step", "--arrivals", "users"], "--shape step goes with --arrivals poisson or constant"),
+        (["--rate", "50"], "--arrivals and --rate go with --shape"),
+        (["--exit-threshold", "2"], "'2' is not a number above 0, up to 1"),
+        (["--architectures", "recurrent,large"], "'large' is none of recurrent, baseline"),
+        (["--host", "localhost:8000"], "is not a URL like"),
+        (["--service-level-ms", "0"], "'0' is not a number above 0"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(arguments)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_quick_shortens_what_is_not_told_otherwise() -> None:
+    quick = parse(["--quick", "--duration", "5"])
+    assert (quick.rounds, quick.duration) == (1, 5)
+    assert quick.step_seconds < parse([]).step_seconds
+    assert parse(quick.command().split()[3:]) == quick

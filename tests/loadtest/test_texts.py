@@ -67,8 +67,10 @@ def test_a_bad_file_is_refused_with_its_line(tmp_path: Path, content: bytes, com
 
 def test_bodies_send_every_text_in_order_and_fill_up_the_last() -> None:
     single = [json.loads(body) for body in request_bodies(["a", "b"], list_size=1, architecture="baseline", task="t")]
-    fields = {"architecture": "baseline", "task": "t", "exit_threshold": 1}
+    fields = {"architecture": "baseline", "task": "t"}
     assert single == [{"inputs": text} | fields for text in ("a", "b")]
+    (fixed,) = request_bodies(["a"], list_size=1, architecture="baseline", task="t", exit_threshold=1)
+    assert json.loads(fixed) == {"inputs": "a", "exit_threshold": 1} | fields
     lists = request_bodies(["a", "b", "c"], list_size=2, architecture="baseline", task="t")
     assert [json.loads(body)["inputs"] for body in lists] == [["a", "b"], ["c", "a"]]
     (long,) = request_bodies(["a", "b"], list_size=5, architecture="baseline", task="t")
