@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,9 +23,9 @@ from prometheus_client import (
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.values import MultiProcessValue
 
-from service.errors import StartError
 from service.jobs import Exit
 from service.process_tree import ProcessTree
+from service.scratch import scratch_directory
 
 if TYPE_CHECKING:
     from service.loading import Model
@@ -37,7 +35,6 @@ TEXTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 ITERATIONS = (1, 2, 3, 4, 6, 8, 12, 16)
 DIFFERENCES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 MODEL = ("architecture", "task")
-MEMORY = "/dev/shm"  # noqa: S108  # a directory of our own is made in it
 DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's own name for where processes put their values
 
 
@@ -52,16 +49,10 @@ def share_metrics(name: str) -> None:
 @contextmanager
 def shared_metrics(name: str) -> Iterator[Path]:
     """Make and name DIRECTORY for this process and those that it starts; it is gone in the end. Raises StartError."""
-    try:  # in memory where it can be: often the only place to write in a container
-        directory = tempfile.mkdtemp(prefix="refrain-", dir=MEMORY if os.access(MEMORY, os.W_OK) else None)
-    except OSError as error:
-        raise StartError(f"there is no directory to write metrics to, neither {MEMORY} nor TMPDIR: {error}") from None
-    os.environ[DIRECTORY] = directory
-    share_metrics(name)
-    try:
-        yield Path(directory)
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+    with scratch_directory() as directory:
+        os.environ[DIRECTORY] = str(directory)
+        share_metrics(name)
+        yield directory
 
 
 class SupervisorMetrics:
