@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
 import time
 from collections import Counter
@@ -54,13 +55,14 @@ class Runtime:
         self.others_ready = True  # whether the other processes have loaded theirs; for probes
         self.engine_thread = EngineThread(stuck_seconds=settings.stuck_seconds)
         self.gave_up = False
+        self.port_is_left = False  # whether new connections are for other processes, or for another service
         self._find, self._make = find, make
         bundles = find()
         self.serving = plan(settings, bundles)
         self._in_flight: Counter[Serving] = Counter()  # requests by what was served when they came
         self._body_bytes = 0  # of the requests in flight
         self._idle_since = 0.0
-        self._draining_since: float | None = None
+        self._drain_begins = math.inf
         self._reloading = threading.Lock()
         self._loader = threading.Thread(target=self._load_first, args=(bundles,), name="load", daemon=True)
         self._retirement: threading.Thread | None = None
@@ -78,9 +80,14 @@ class Runtime:
     @property
     def phase(self) -> Literal["starting", "ready", "draining"]:
         """Whether requests are welcome, and if not, why."""
-        if self._draining_since is not None:
+        if time.monotonic() >= self._drain_begins:
             return "draining"
         return "ready" if self.serving.models else "starting"
+
+    @property
+    def leaving(self) -> bool:
+        """Whether requests are still welcome, but not for long."""
+        return time.monotonic() < self._drain_begins < math.inf
 
     def _load_first(self, bundles: Sequence[Bundle]) -> None:
         try:
@@ -100,7 +107,7 @@ class Runtime:
             raise StartError(f"loading failed: {type(error).__name__}: {error}".replace("\n", " ")) from error
 
     def _load_one(self, bundle: Bundle) -> Model:
-        if self._draining_since is not None:
+        if self._drain_begins < math.inf:
             raise Draining
         return load_model(bundle, self.settings, self.metrics, self.engine_thread, self._make)
 
@@ -149,15 +156,17 @@ class Runtime:
             raise EngineDown
 
     def check_ready(self) -> None:
-        """Raise what check_alive and check_open raise, and Starting as long as another process is."""
+        """Raise what check_alive and check_open raise, Draining also while leaving, and Starting while another is."""
         self.check_alive()
         self.check_open()
+        if self.leaving:
+            raise Draining
         if not self.others_ready:
             raise Starting
 
     def check_open(self) -> None:
         """Raise Draining or Starting while new requests are not wanted."""
-        if self._draining_since is not None:
+        if time.monotonic() >= self._drain_begins:
             raise Draining
         if not self.serving.models:
             raise Starting
@@ -217,21 +226,26 @@ class Runtime:
         """Fail what hangs on the engines and refuse the rest: they are dead or stuck, and the process is to end."""
         structlog.get_logger().error("the engines are dead or stuck: this process ends")
         self.gave_up = True
-        self.drain()
+        self.leave_port()
         self.engine_thread.give_up()
 
-    def drain(self) -> None:
-        """Refuse new requests from now on; the first call counts."""
-        if self._draining_since is None:
-            self._draining_since = time.monotonic()
+    def leave_port(self) -> None:
+        """Drain, and leave new connections to other processes or to another service; may be called from any thread."""
+        self.port_is_left = True
+        self.drain()
+
+    def leave(self) -> None:
+        """Drain after the delay, in which only probes learn of it; the first call counts."""
+        self.drain(self.settings.drain_delay_seconds if self.phase == "ready" else 0.0)
+
+    def drain(self, delay: float = 0.0) -> None:
+        """Refuse new requests in so many seconds; what would be later than an earlier call counts for nothing."""
+        self._drain_begins = min(self._drain_begins, time.monotonic() + delay)
 
     def drained(self, now: float) -> bool:
         """Whether the process may end: every accepted request is answered, or the drain has lasted long enough."""
-        since = self._draining_since
-        if since is None:
-            return False
-        quiet = not self._in_flight and now >= max(since, self._idle_since) + LINGER_SECONDS
-        return quiet or now >= since + self.settings.drain_seconds
+        quiet = not self._in_flight and now >= max(self._drain_begins, self._idle_since) + LINGER_SECONDS
+        return quiet or now >= self._drain_begins + self.settings.drain_seconds
 
     def stop(self) -> None:
         """Stop what is left of loading, then the batchers; blocks for seconds at most."""

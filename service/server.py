@@ -20,6 +20,7 @@ KEEP_ALIVE_SECONDS = 75  # longer than common proxies keep theirs, so that the p
 CHECK_TICKS = 3  # tenths of a second between two looks for clients that take too long
 TELL_TICKS = 10  # tenths of a second between two lines of log that sum up early refusals
 GIVE_UP_TICKS = 10  # tenths of a second that the engines may be found dead or stuck: long enough for a probe to see it
+LAST_WORD = [(b"connection", b"close")]
 LAST_SECONDS = 1  # after the drain, for what is still running then: it was given up
 
 
@@ -52,19 +53,24 @@ class Server(uvicorn.Server):
         self._ticks_down = 0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drain, however often it is said: the signal may come from the supervisor and from whoever told it so."""
-        self._runtime.drain()
+        """Leave, however often it is said: the signal may come from the supervisor and from whoever told it so."""
+        self._runtime.leave()
 
     async def on_tick(self, counter: int) -> bool:
         """Look, ten times a second, whether it is time to go."""
         self._report(self._runtime.phase)
         self._look_after_the_engines()
+        if self._runtime.port_is_left:  # new connections then find whoever else listens there
+            for server in self.servers:
+                server.close()
         if self._runtime.failure is not None or self._runtime.drained(time.monotonic()):
             self.should_exit = True
         if counter % CHECK_TICKS == 0:
             check_all(self.server_state.connections)
         if counter % TELL_TICKS == 0:
             self._refusals.tell()
+        # Kept-alive connections end with their next answer, so that none brings a request once the drain has begun.
+        self.config.encoded_headers = LAST_WORD if self._runtime.leaving else []  # uvicorn takes it up within a second
         return await super().on_tick(counter)
 
     def _look_after_the_engines(self) -> None:
@@ -72,5 +78,3 @@ class Server(uvicorn.Server):
         self._ticks_down = 0 if self._runtime.engine_thread.alive() else self._ticks_down + 1
         if self._ticks_down == GIVE_UP_TICKS:
             self._runtime.give_up()
-            for server in self.servers:
-                server.close()  # new connections go to the other processes

@@ -125,6 +125,11 @@ class Settings(BaseSettings):
         le=3_600_000,
         description="Longest time a request may take in milliseconds; longer gets 504.",
     )
+    drain_delay_seconds: float = Field(
+        default=0.0,
+        ge=0,
+        description="Time at shutdown in which /readyz is red and requests are still served, so that proxies see it.",
+    )
     drain_seconds: float = Field(default=30.0, ge=0, description="Longest wait for accepted requests at shutdown.")
     stuck_seconds: float = Field(
         default=30.0,

@@ -52,6 +52,7 @@ class Supervisor:
         self._were_ready: set[int] = set()  # slots
         self._listening = False
         self._stopping = asyncio.Event()
+        self._drain_begins = 0.0  # once it is stopping, on the event loop's clock
         self._failure: StartError | None = None
         self._metrics = SupervisorMetrics()
         self._log = structlog.get_logger()
@@ -69,14 +70,22 @@ class Supervisor:
             raise self._failure
 
     def stop(self) -> None:
-        """Let every process drain and end; the second call ends them at once, and so does time."""
-        if self._stopping.is_set():
+        """Let every process drain and end; said again it skips the delay before the drain, then ends them at once.
+
+        So does time.
+        """
+        loop = asyncio.get_running_loop()
+        if not self._stopping.is_set():
+            self._stopping.set()
+            self._drain_begins = loop.time() + self._settings.drain_delay_seconds
+            for worker in self._workers.values():
+                _send(worker, signal.SIGTERM)
+            loop.call_at(self._drain_begins + self._settings.drain_seconds + KILL_SECONDS, self._kill_all)
+        elif loop.time() < self._drain_begins:
+            self._drain_begins = loop.time()
+            self._tell("drain", list(self._workers.values()))
+        else:
             self._kill_all()
-            return
-        self._stopping.set()
-        for worker in self._workers.values():
-            _send(worker, signal.SIGTERM)
-        asyncio.get_running_loop().call_later(self._settings.drain_seconds + KILL_SECONDS, self._kill_all)
 
     def reload(self, besides: Worker | None = None) -> None:
         """Let every process load the bundles again; one that is still starting does it as soon as it can."""

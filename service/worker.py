@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 REPORT_SECONDS = 0.5  # how often the supervisor hears that nothing has changed
 RETRY_SECONDS = 0.1
+PR_SET_PDEATHSIG = 1  # of Linux' prctl
 ORPHAN_SECONDS = 5.0  # after the drain, for a process whose supervisor is gone, before it is ended the hard way
 
 
@@ -58,6 +60,7 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the supervisor's to pass on, also when a terminal sends it to all
+    _go_on_when_supervisor_dies()
     slot, port, line, order = sys.argv[1:]
     link = Link(socket.socket(fileno=int(line)))
 
@@ -110,8 +113,9 @@ def _obey(link: Link, runtime: Runtime) -> None:
     def all_ready() -> None:
         runtime.others_ready = True
 
-    link.follow({"all ready": all_ready, "reload": reload_wanted.set})
-    os.kill(os.getpid(), signal.SIGTERM)
+    link.follow({"all ready": all_ready, "reload": reload_wanted.set, "drain": runtime.drain})
+    runtime.leave_port()
+    os.kill(os.getpid(), signal.SIGTERM)  # for when there is no server yet
     time.sleep(runtime.settings.drain_seconds + ORPHAN_SECONDS)
     os._exit(1)
 
@@ -128,6 +132,16 @@ def _reload_when_told(runtime: Runtime, wanted: threading.Event) -> None:
             time.sleep(RETRY_SECONDS)
         except RefrainError:
             pass  # said in the log; when draining, of no use any more
+
+
+def _go_on_when_supervisor_dies() -> None:
+    """Have the kernel continue this process then: stopped, it would hold the port for good, with nobody to end it.
+
+    SIGCONT, since one that runs does not even notice, and answers what it has accepted. The kernel goes by the thread
+    that started this process: the supervisor's main one, which lives as long as the supervisor.
+    """
+    with suppress(AttributeError):  # not every system has it
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGCONT))
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

@@ -86,6 +86,29 @@ def test_a_signal_drains_and_then_ends() -> None:
         assert not served.thread.is_alive()
 
 
+def test_before_a_drain_that_is_delayed_connections_end_with_their_next_answer() -> None:
+    with live(drain_delay_seconds=600) as served:
+        kept_alive = HTTPConnection("127.0.0.1", served.port, timeout=10)
+        served.server.handle_exit(signal.SIGTERM, None)
+        wait_until(lambda: says_last_word(kept_alive))
+        assert served.ask("GET", "/readyz")[0] == served.ask("GET", "/v2/health/ready")[0] == 503
+        assert served.ask("GET", "/healthz")[0] == 200
+        assert served.ask("POST", "/classify", {"inputs": "a new connection"})[0] == 200
+        served.fake.app.state.runtime.drain()  # as a second signal has it
+        status, problem = served.ask("POST", "/classify", {"inputs": "too late"})
+        assert (status, problem["code"]) == (503, "draining")
+        served.thread.join(timeout=20)
+        assert not served.thread.is_alive()
+
+
+def says_last_word(kept_alive: HTTPConnection) -> bool:
+    kept_alive.request("POST", "/classify", '{"inputs": "still welcome"}')
+    answer = kept_alive.getresponse()
+    answer.read()
+    assert answer.status == 200
+    return answer.getheader("connection") == "close"
+
+
 def test_a_model_that_cannot_be_loaded_ends_the_server() -> None:
     fake = fake_app([fake_bundle()])
     fake.recurrent.poison.add((0,))

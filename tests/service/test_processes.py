@@ -30,6 +30,7 @@ from tests.serving import ROOT, SECONDS, Process, serving
 
 TEXT = "a wonderful film"
 CLIENTS = 6
+HEAD = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\nExpect: 100-continue\r\n\r\n"
 
 
 @pytest.fixture(scope="module")
@@ -195,13 +196,54 @@ def test_a_port_that_others_share_is_still_taken() -> None:
         pass
 
 
-def test_without_its_supervisor_a_service_ends(models_dir: Path, tmp_path: Path) -> None:
-    with serving(tmp_path / "log", models_dir=models_dir) as served:
+@pytest.mark.parametrize("stopped", [False, True])
+def test_without_its_supervisor_a_service_leaves_the_port_and_answers_what_it_has_accepted(
+    stopped: bool, models_dir: Path, tmp_path: Path
+) -> None:
+    with serving(tmp_path / "log", models_dir=models_dir, drain_seconds="600", body_seconds="600") as served:
         workers, directory = served.workers(), served.metrics_directory()
         assert len(workers) == 2 and directory.is_dir()
-        served.process.kill()
+        with socket.create_connection(("127.0.0.1", served.port), timeout=SECONDS) as dawdler:
+            body = json.dumps({"inputs": TEXT}).encode()
+            dawdler.sendall(HEAD % len(body))
+            assert dawdler.recv(100)  # taken in
+            for worker in workers if stopped else []:
+                worker.suspend()
+            served.process.kill()
+            served.process.wait(SECONDS)
+            wait_until(lambda: can_be_taken(served.port), SECONDS)
+            assert [worker for worker in workers if worker.is_running()]
+            dawdler.sendall(body)
+            assert dawdler.recv(100).startswith(b"HTTP/1.1 200 ")
         assert psutil.wait_procs(workers, timeout=SECONDS)[1] == []
         assert not directory.exists()
+
+
+def can_be_taken(port: int) -> bool:
+    """Whether another service could begin on the port, and would get every connection."""
+    try:
+        with reserve("127.0.0.1", port), listen("127.0.0.1", port):
+            return True
+    except StartError:
+        return False
+
+
+def test_requests_are_served_for_a_while_after_the_service_says_that_it_is_not_ready(
+    models_dir: Path, tmp_path: Path
+) -> None:
+    with serving(tmp_path / "log", models_dir=models_dir, drain_delay_seconds="600") as served:
+        workers = served.workers()
+        with load(served) as clients:
+            served.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: {served.ask("GET", "/readyz")[0] for _ in range(10)} == {503}, SECONDS)
+            sent = len(clients.codes)
+            wait_until(lambda: len(clients.codes) > sent + 50 * CLIENTS, SECONDS)
+        assert set(clients.codes) == {200}
+        assert clients.broken == 0
+        served.process.send_signal(signal.SIGINT)  # whoever says it again waits no longer
+        assert served.process.wait(SECONDS) == 0
+        assert psutil.wait_procs(workers, timeout=SECONDS)[1] == []
+        assert [line for line in served.log_lines() if line["event"].startswith("Finished server process")]
 
 
 def test_a_second_signal_does_not_wait_and_leaves_nothing(models_dir: Path, tmp_path: Path) -> None:
@@ -209,7 +251,7 @@ def test_a_second_signal_does_not_wait_and_leaves_nothing(models_dir: Path, tmp_
     with serving(tmp_path / "log", models_dir=models_dir, **patient) as served:
         workers, directory = served.workers(), served.metrics_directory()
         with socket.create_connection(("127.0.0.1", served.port)) as dawdler:
-            dawdler.sendall(b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\nExpect: 100-continue\r\n\r\n")
+            dawdler.sendall(HEAD % 9)
             assert dawdler.recv(100)  # taken in
             served.process.send_signal(signal.SIGTERM)
             wait_until(lambda: served.ask("GET", "/readyz")[0] == 503)

@@ -47,6 +47,32 @@ def test_a_drain_ends_a_little_after_the_last_answer() -> None:
             pass
 
 
+def test_a_drain_may_begin_later_and_the_earliest_beginning_counts() -> None:
+    fake = fake_app(drain_delay_seconds=100, drain_seconds=50)
+    runtime: Runtime = fake.app.state.runtime
+    with running(fake):
+        began = time.monotonic()
+        runtime.leave()
+        for check in (runtime.check_alive, runtime.check_open):
+            check()
+        with pytest.raises(Draining):
+            runtime.check_ready()
+        with runtime.admitted(100):
+            assert not runtime.drained(began + 100 + LINGER_SECONDS)
+            assert runtime.drained(time.monotonic() + 150)
+        assert not runtime.drained(began + 99)
+        assert runtime.drained(time.monotonic() + 100 + LINGER_SECONDS)
+        runtime.drain()
+        runtime.leave()
+        assert runtime.drained(time.monotonic() + LINGER_SECONDS)
+
+
+def test_what_is_still_starting_drains_at_once() -> None:
+    runtime: Runtime = fake_app(drain_delay_seconds=100).app.state.runtime
+    runtime.leave()
+    assert runtime.drained(time.monotonic() + LINGER_SECONDS)
+
+
 def test_it_is_idle_from_the_last_answer_on() -> None:
     fake = fake_app()
     runtime: Runtime = fake.app.state.runtime
