@@ -45,7 +45,7 @@ router.add_api_route(
     summary="Classify one text or a list of texts",
     description="One result for each input, in order. A list is answered whole or refused whole.",
     response_model=ClassifyAnswer,
-    responses=problems(400, 401, 404, 408, 413, 422, 429, 431, 500, 503, 504),
+    responses=problems(400, 401, 404, 408, 413, 415, 422, 429, 431, 500, 503, 504),
     openapi_extra={"requestBody": json_body("ClassifyRequest")},
 )
 
@@ -121,7 +121,7 @@ async def models(request: Request) -> ModelsAnswer:
     runtime.check_open()
     return ModelsAnswer(
         default_task=runtime.serving.default_task,
-        routing=runtime.settings.routing,
+        routing=runtime.serving.routing,
         models=[_describe(model) for _, model in sorted(runtime.serving.models.items())],
     )
 

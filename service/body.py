@@ -7,7 +7,7 @@ import asyncio
 from starlette.requests import Request
 from starlette.types import Receive
 
-from service.errors import BodyTooLarge, BodyTooSlow, ClientGone
+from service.errors import BodyTooLarge, BodyTooSlow, ClientGone, EncodedBody
 
 
 def most_bytes(request: Request, max_bytes: int) -> int:
@@ -17,7 +17,9 @@ def most_bytes(request: Request, max_bytes: int) -> int:
 
 
 async def read_body(request: Request, *, max_bytes: int, seconds: float) -> bytes:
-    """Read the whole body; raises BodyTooLarge as soon as that is known, BodyTooSlow, ClientGone."""
+    """Read the whole body; raises EncodedBody and BodyTooLarge as soon as that is known, BodyTooSlow, ClientGone."""
+    if any(coding.strip().lower() != "identity" for coding in request.headers.getlist("content-encoding")):
+        raise EncodedBody
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > max_bytes:
         raise _too_large(max_bytes)

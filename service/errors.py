@@ -16,6 +16,7 @@ Exception
 │   ├── ReloadFailed                 409 reload_failed
 │   ├── BodyTooLarge                 413 body_too_large
 │   ├── TooManyInputs                413 too_many_inputs
+│   ├── EncodedBody                  415 encoded_body
 │   ├── InvalidRequest               422 invalid_request
 │   │   ├── InputEmpty               422 input_empty
 │   │   ├── InputTooLong             422 input_too_long
@@ -38,6 +39,7 @@ Exception
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 
@@ -51,6 +53,7 @@ class RefrainError(Exception):
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal"
     closes: ClassVar[bool] = False  # whether the connection ends with this answer
+    headers: ClassVar[Mapping[str, str]] = {}  # of its answer, beside those that every error has
 
     def __init__(self, detail: str, *, retry_after: float | None = None, **members: object) -> None:
         super().__init__(detail)
@@ -122,6 +125,14 @@ class BodyTooLarge(RefrainError):
 
 class TooManyInputs(RefrainError):
     status, code = 413, "too_many_inputs"
+
+
+class EncodedBody(RefrainError):
+    status, code, closes = 415, "encoded_body", True  # closes: the body is never read
+    headers: ClassVar[Mapping[str, str]] = {"accept-encoding": "identity"}  # RFC 9110, 15.5.16
+
+    def __init__(self) -> None:
+        super().__init__("The body must come as it is: a Content-Encoding, such as gzip, is not understood.")
 
 
 class InvalidRequest(RefrainError):

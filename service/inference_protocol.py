@@ -171,7 +171,7 @@ def _add_routes(path: str) -> None:
         description="The same answers, limits and errors as /classify; an error's `error` repeats its `detail`. "
         f"With binary tensors `{HEADER_LENGTH}` is the length of the JSON, and the tensors follow it.",
         response_model=InferAnswer,
-        responses=problems(400, 401, 404, 408, 413, 422, 429, 431, 500, 503, 504)
+        responses=problems(400, 401, 404, 408, 413, 415, 422, 429, 431, 500, 503, 504)
         | {200: {"content": {BINARY: {"schema": {"type": "string", "format": "binary"}}}}},
         openapi_extra=extra | {"requestBody": json_body("InferRequest")},
     )

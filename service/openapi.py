@@ -23,6 +23,7 @@ MEANINGS = {
     408: "The headers or the body came too slowly.",
     409: "Something is wrong with what a reload found, and nothing was changed.",
     413: "The body or the list is too large.",
+    415: "The body has a Content-Encoding.",
     422: "A field is wrong, an input is empty, or too long with `truncate: false`.",
     429: "The queue is full.",
     431: "The headers are too large.",

@@ -33,7 +33,7 @@ def problem_response(error: RefrainError, call: Call) -> Response:
     }
     if call.path.startswith(INFERENCE_PROTOCOL) or not call.path:  # refused before its path was read
         document["error"] = error.detail  # where that protocol's clients look
-    headers = {"connection": "close"} if error.closes else {}
+    headers = {**error.headers, **({"connection": "close"} if error.closes else {})}
     if error.retry_after is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))  # whole seconds are all the header can say
     return Response(json.dumps(document), error.status, headers, MEDIA_TYPE)

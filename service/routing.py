@@ -61,6 +61,7 @@ def build_policy(setting: str, loaded: Loaded) -> Policy:
 
 def fixed(argument: str, loaded: Loaded) -> Policy:
     """Always the named architecture; a task that lacks it falls to the only one that it has."""
+    _check_known([argument], loaded)
     plans: dict[str, Plan[str]] = {task: Plan(_present(task, loaded, [argument])[0]) for task in loaded}
     return lambda facts: plans[facts.task]
 
@@ -172,6 +173,8 @@ def _parse_weights(argument: str) -> dict[str, float]:
         if not name or name in weights or not weight.isdecimal():
             raise ValueError(f"{part!r} is not: the weight is a whole number, each name comes once")
         weights[name] = float(weight)
+    if len(weights) < 2:
+        raise ValueError(f"two names are needed, and fixed:{name} is for one")
     if sum(weights.values()) == 0:
         raise ValueError("one weight must be above 0")
     return weights

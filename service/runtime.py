@@ -127,8 +127,12 @@ class Runtime:
                 structlog.get_logger().error("reload failed", reason=str(error))
                 raise ReloadFailed(str(error)) from error
             changed = changes(self.serving, after)
+            same = (self.serving.routing, self.serving.default_task) == (after.routing, after.default_task)
             self._take_over(after)
-        structlog.get_logger().info("reloaded", **asdict(changed))
+        log = structlog.get_logger()
+        log.info("reloaded", **asdict(changed))
+        if not same:
+            log.warning("others answer by default", routing=after.routing, default_task=after.default_task)
         return changed
 
     def _take_over(self, after: Serving) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from service.bundle import Bundle
+from service.errors import SettingsError
 from service.loading import Model
 from service.metrics import Metrics
 from service.routing import Policy, build_policy
@@ -22,6 +23,8 @@ class Serving:
     architectures: Mapping[str, Sequence[str]]
     """task -> architectures"""
     default_task: str | None
+    routing: str
+    """The policy as a setting."""
     policy: Policy
     models: Mapping[Key, Model] = field(default_factory=dict)
     """Empty while starting."""
@@ -37,13 +40,29 @@ class Changes:
 
 
 def plan(settings: Settings, bundles: Sequence[Bundle]) -> Serving:
-    """What is to serve, its models yet to be loaded; raises SettingsError where the routing does not fit them."""
+    """What is to serve, its models yet to be loaded; raises SettingsError where a setting does not fit them."""
     architectures: dict[str, list[str]] = {}
     for bundle in bundles:
         architectures.setdefault(bundle.manifest.task, []).append(bundle.manifest.architecture)
-    only = next(iter(architectures)) if len(architectures) == 1 else None
-    default_task = settings.default_task if settings.default_task in architectures else only
-    return Serving(architectures, default_task, build_policy(settings.routing, architectures))
+    routing = _routing(settings, {bundle.manifest.architecture for bundle in bundles})
+    return Serving(architectures, _default_task(settings, architectures), routing, build_policy(routing, architectures))
+
+
+def _default_task(settings: Settings, tasks: Collection[str]) -> str | None:
+    """As set; where nothing is set, the only task, or none of several that do not hold the setting's default."""
+    if settings.default_task in tasks:
+        return settings.default_task
+    if "default_task" in settings.model_fields_set:
+        known = ", ".join(sorted(tasks))
+        raise SettingsError(f"REFRAIN_DEFAULT_TASK={settings.default_task}: must be one of the tasks loaded, {known}")
+    return next(iter(tasks)) if len(tasks) == 1 else None
+
+
+def _routing(settings: Settings, architectures: Collection[str]) -> str:
+    """As set; where nothing is set, the only architecture that there is answers."""
+    if "routing" in settings.model_fields_set or len(architectures) != 1:
+        return settings.routing
+    return f"fixed:{next(iter(architectures))}"
 
 
 def load(planned: Serving, bundles: Sequence[Bundle], before: Serving, load_one: Callable[[Bundle], Model]) -> Serving:

@@ -160,6 +160,12 @@ def test_the_only_task_is_the_default_whatever_its_name() -> None:
         assert client.get("/models").json()["default_task"] == "domain"
 
 
+def test_the_only_architecture_answers_unless_a_setting_says_otherwise() -> None:
+    with running(fake_app([fake_bundle(architecture="baseline")])) as client:
+        assert classify(client, "a")["results"][0]["architecture"] == "baseline"
+        assert client.get("/models").json()["routing"] == "fixed:baseline"
+
+
 def test_a_big_request_is_tokenized_off_the_loop_with_the_same_answer(client: TestClient) -> None:
     texts = ["a film", "b" * INLINE_CHARACTERS]
     assert classify(client, texts)["results"] == [classify(client, text)["results"][0] for text in texts]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -11,9 +12,10 @@ import pytest
 from fastapi.testclient import TestClient
 from prometheus_client import CollectorRegistry
 
+from service.bundle import Bundle
 from service.errors import SettingsError
 from service.schemas import Problem
-from tests.service.fakes import MAX_TOKENS, Fake, FakeEngine, fake_app, running, wait_until
+from tests.service.fakes import MAX_TOKENS, Fake, FakeEngine, fake_app, fake_bundle, running, wait_until
 
 
 @pytest.fixture
@@ -71,6 +73,20 @@ def test_413_when_the_body_or_the_list_is_too_large(client: TestClient) -> None:
     assert problem(classify(client, ["a"] * 5), 413, "too_many_inputs")["limit"] == 4
 
 
+@pytest.mark.parametrize("path", ["/classify", "/v2/models/sentiment-recurrent/infer"])
+@pytest.mark.parametrize("coding", ["gzip", "GZIP", "identity, br", "zstd"])
+def test_415_when_the_body_is_encoded(client: TestClient, path: str, coding: str) -> None:
+    body = gzip.compress(b'{"inputs": "a film"}')
+    answer = client.post(path, content=body, headers={"Content-Encoding": coding})
+    problem(answer, 415, "encoded_body")
+    assert (answer.headers["accept-encoding"], answer.headers["connection"]) == ("identity", "close")
+
+
+def test_a_body_may_say_that_it_is_not_encoded(client: TestClient) -> None:
+    headers = {"Content-Encoding": "Identity"}
+    assert client.post("/classify", json={"inputs": "a film"}, headers=headers).status_code == 200
+
+
 def test_422_names_the_field_and_repeats_nothing(client: TestClient) -> None:
     answer = classify(client, "my secret text", max_iterations="my secret number")
     document = problem(answer, 422, "invalid_request")
@@ -86,9 +102,11 @@ def test_422_when_an_input_is_empty_or_too_long(client: TestClient) -> None:
 
 
 def test_422_when_a_task_must_be_named() -> None:
-    with running(fake_app(default_task="mood")) as client:
+    movie = fake_bundle("domain", "baseline")
+    mood = Bundle(movie.path, movie.manifest.model_copy(update={"task": "mood"}), movie.tokenizer)
+    with running(fake_app([movie, mood])) as client:  # neither is the task that the setting has by default
         (error,) = problem(classify(client, "a"), 422, "invalid_request")["errors"]
-        assert error == {"field": "task", "problem": "must be one of domain, sentiment"}
+        assert error == {"field": "task", "problem": "must be one of domain, mood"}
 
 
 def test_404_names_what_there_is(client: TestClient) -> None:
@@ -239,3 +257,10 @@ def test_503_once_an_engine_is_stuck(pool: ThreadPoolExecutor) -> None:
 def test_a_routing_that_cannot_work_stops_the_start() -> None:
     with pytest.raises(SettingsError, match="REFRAIN_ROUTING"):
         fake_app(routing="fixed:recurent")
+
+
+def test_a_default_task_that_is_not_there_stops_the_start() -> None:
+    with pytest.raises(SettingsError, match=r"^REFRAIN_DEFAULT_TASK=mood: must be .* loaded, domain, sentiment$"):
+        fake_app(default_task="mood")
+    with pytest.raises(SettingsError, match=r"loaded, domain$"):
+        fake_app([fake_bundle("domain", "baseline")], default_task="sentiment")

@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx2
 import pytest
+import structlog
 from fastapi.testclient import TestClient
 
 from service.app import create_app
@@ -214,7 +215,7 @@ def test_a_changed_word_of_the_manifest_is_noticed() -> None:
     [
         ([bundle(version="c" * 12)], "c" * 12 + " does not load"),
         ([bundle("baseline", version="d" * 12), bundle(version="c" * 12)], "c" * 12 + " does not load"),
-        ([bundle("baseline"), bundle("third")], "REFRAIN_ROUTING names recurrent, but task sentiment has"),
+        ([bundle("baseline"), bundle("third")], "REFRAIN_ROUTING names recurrent, but loaded are baseline, third"),
     ],
 )
 def test_what_is_bad_changes_nothing_and_is_said(found: list[Bundle], why: str) -> None:
@@ -229,6 +230,38 @@ def test_what_is_bad_changes_nothing_and_is_said(found: list[Bundle], why: str) 
         assert answering(client) == "sentiment-recurrent@0123456789ab"
         assert client.get("/healthz").status_code == 200
         assert shelf.others_told == 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "found", "why"),
+    [
+        (
+            {"routing": "fixed:recurrent"},
+            bundle("baseline"),
+            "REFRAIN_ROUTING names recurrent, but loaded are baseline",
+        ),
+        ({"default_task": "sentiment"}, bundle(task="domain"), "REFRAIN_DEFAULT_TASK=sentiment: must be one of"),
+    ],
+)
+def test_what_a_setting_names_may_not_go(setting: dict[str, str], found: Bundle, why: str) -> None:
+    shelf = Shelf([bundle(), bundle("baseline")])
+    with shelf.serve(**setting) as client:
+        shelf.bundles[:] = [found]
+        answer = client.post("/reload")
+        assert (answer.status_code, answer.json()["code"]) == (409, "reload_failed")
+        assert why in answer.json()["detail"]
+        assert answering(client) == "sentiment-recurrent@0123456789ab"
+
+
+def test_where_nothing_is_set_the_only_model_answers_as_at_a_start() -> None:
+    shelf = Shelf([bundle(), bundle("baseline")])
+    with shelf.serve() as client:
+        shelf.bundles[:] = [bundle("baseline", "domain")]
+        with structlog.testing.capture_logs() as logged:
+            assert client.post("/reload").status_code == 200
+        assert answering(client) == "domain-baseline@0123456789ab"
+        (warning,) = [line for line in logged if line["log_level"] == "warning"]
+        assert (warning["routing"], warning["default_task"]) == ("fixed:baseline", "domain")
 
 
 def test_one_reload_after_the_other() -> None:

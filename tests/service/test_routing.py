@@ -39,7 +39,6 @@ def test_fixed_always_names_the_same() -> None:
     ("setting", "whole"),
     [
         ("fixed:recurrent", Plan("recurrent")),
-        ("split:recurrent=1", Plan("recurrent")),
         ("split:recurrent=1,baseline=0", Plan("recurrent")),
         ("shadow:recurrent,baseline=1", Plan("recurrent", shadow="baseline")),
         ("shadow:baseline,recurrent=1", Plan("baseline", shadow="recurrent")),
@@ -134,7 +133,8 @@ def test_a_plan_is_resolved_whole() -> None:
         ("", "must be fixed:NAME, split:NAME=WEIGHT,NAME=WEIGHT, shadow:PRIMARY,SHADOW=SHARE, cascade:"),
         ("fixed:", "must be fixed:NAME"),
         ("random:recurrent", "or least-loaded:NAME,NAME$"),
-        ("fixed:recurent", "task sentiment has baseline, recurrent"),
+        ("fixed:recurent", "names recurent, but loaded are baseline, recurrent"),
+        ("split:recurrent=90", "must be split:NAME=WEIGHT,NAME=WEIGHT; two names are needed, and fixed:recurrent is"),
         ("split:recurrent", "must be split:NAME=WEIGHT,NAME=WEIGHT; 'recurrent' is not"),
         ("split:recurrent=-1", "the weight is a whole number"),
         ("split:recurrent=1,recurrent=2", "each name comes once"),
