@@ -67,15 +67,19 @@ class Batcher:
         limits: Limits,
         observer: Observer,
         temperatures: Sequence[float] = (1.0,),
+        pace: Pace | None = None,
     ) -> None:
-        """`temperatures` of the iterations, as a bundle's calibration has them: a text's confidence rests on them."""
+        """`temperatures` of the iterations, as a bundle's calibration has them: a text's confidence rests on them.
+
+        `pace` is what is known of it before the first text; without, a queue is not bounded in time until then.
+        """
         self._engine, self._thread, self._limits, self._observer = engine, thread, limits, observer
         self._temperatures = temperatures
         self._changed = thread.changed  # guards the pools and the flags below
         self._foreground, self._background = Pool(), Pool()
         self._arrivals = 0
         self._stopping = self._dead = False
-        self._pace = Pace()
+        self._pace = Pace() if pace is None else pace
         self._iteration_seconds = 0.0  # from one iteration of a text to its next, lately
 
     @property
@@ -165,7 +169,7 @@ class Batcher:
         self._note_progress(batch, began, ended)
         done = self._judge_all(batch, outcomes, ended)
         if leader.pool is self._foreground:
-            self._pace.saw([waiting for waiting, _ in done], ended)
+            self._pace.saw(batch, [waiting for waiting, _ in done], ended)
         self._finish(done)
 
     def give_up(self) -> None:

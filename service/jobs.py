@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
@@ -148,19 +149,26 @@ class Pace:
     What counts of a text is what it was admitted with, so that early exits, too, show as a faster pace.
     """
 
-    def __init__(self) -> None:
-        self._seconds = self._admitted = self._texts = 0.0
+    def __init__(self, seconds: float = 0.0, admitted: int = 0) -> None:
+        """Begin with a text that took so long, or with nothing."""
+        self._seconds, self._admitted = seconds, float(admitted)
+        self._texts = 1.0 if admitted else 0.0
         self._since = 0.0
 
     def starts(self, now: float) -> None:
         """There is something to do again."""
         self._since = now
 
-    def saw(self, done: Sequence[Waiting], now: float) -> None:
-        """Counts a turn that ends now and finished these texts; it counts more than those before it."""
-        self._seconds = MEMORY * self._seconds + now - self._since
-        self._admitted = MEMORY * self._admitted + sum(waiting.admitted for waiting in done)
-        self._texts = MEMORY * self._texts + len(done)
+    def saw(self, batch: Sequence[Waiting], done: Sequence[Waiting], now: float) -> None:
+        """Count a turn of these texts that ends now, and counts more than those before it; some of them are done."""
+        # What a text that is done has not asked for, counts as if it were done too.
+        got_on = [(waiting, waiting.turn) for waiting in batch] + [(waiting, waiting.work) for waiting in done]
+        before = self._seconds / self._admitted if self._admitted else math.inf  # for a token
+        self._admitted = MEMORY * self._admitted + sum(tokens for _, tokens in got_on)
+        self._texts = MEMORY * self._texts + sum(tokens / waiting.admitted for waiting, tokens in got_on)
+        seconds = MEMORY * self._seconds + now - self._since
+        # A turn doubles it at the most: of seconds in which the process stood still, no pace follows.
+        self._seconds = min(seconds, 2 * before * self._admitted)
         self._since = now
 
     def seconds(self, *, admitted: int = 0, texts: int = 0) -> float:

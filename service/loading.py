@@ -15,12 +15,14 @@ from service.device_engine import DeviceEngine
 from service.engine import Engine, open_engine
 from service.engine_thread import EngineThread
 from service.errors import BundleError, SettingsError
+from service.jobs import CALL_TOKENS, Pace
 from service.metrics import Metrics, ModelObserver
 from service.settings import Settings
 
 # On a CPU a call of 150 tokens is already as fast, for each token, as one of 2,000, and short turns are good for all.
 BATCH_TOKENS = {"cpu": 256, "cuda": 8192}
-WARM_UP_LENGTHS = (1, 16, 64)  # tokens; and the longest text
+WARM_UP_LENGTHS = (1, 16, 64)  # tokens; and the longest text, more than once, to learn how fast it is when warm
+WARM_UP_RUNS = 3
 
 
 class ServingEngine(RunsBatches, Protocol):
@@ -80,8 +82,9 @@ def load_model(bundle: Bundle, settings: Settings, metrics: Metrics, thread: Eng
     """Open a bundle and run it once over short and long texts; its batcher is not started."""
     started = time.monotonic()
     engine = make(bundle, settings)
-    for length in sorted({min(length, bundle.manifest.max_tokens) for length in (*WARM_UP_LENGTHS, 1 << 30)}):
-        engine.step(engine.embed([[0] * length]))
+    for length in WARM_UP_LENGTHS:
+        _seconds_for(engine, bundle.manifest, length)
+    longest = min(_seconds_for(engine, bundle.manifest, bundle.manifest.max_tokens) for _ in range(WARM_UP_RUNS))
     labels = bundle.manifest.architecture, bundle.manifest.task
     limits = Limits(
         batch_tokens=settings.max_batch_tokens or BATCH_TOKENS[engine.provider],
@@ -96,9 +99,19 @@ def load_model(bundle: Bundle, settings: Settings, metrics: Metrics, thread: Eng
         limits=limits,
         observer=ModelObserver(metrics, labels),
         temperatures=bundle.manifest.calibration.temperatures,
+        pace=Pace(longest, bundle.manifest.iterations * (bundle.manifest.max_tokens + CALL_TOKENS)),
     )
     seconds = round(time.monotonic() - started, 3)
     structlog.get_logger().info(
         "loaded", model=bundle.id, precision=engine.precision, provider=engine.provider, seconds=seconds
     )
     return Model(bundle, engine, batcher)
+
+
+def _seconds_for(engine: ServingEngine, manifest: Manifest, length: int) -> float:
+    """Run a text of so many tokens, or the longest there can be, to its full depth."""
+    started = time.monotonic()
+    states = engine.embed([[0] * min(length, manifest.max_tokens)])
+    for _ in range(manifest.iterations):
+        states, _logits_BC = engine.step(states)
+    return time.monotonic() - started
