@@ -104,7 +104,7 @@ def test_the_health_check_asks_a_path_that_is_served(served_paths: set[str], def
 
 def test_docker_waits_longer_than_the_drain(defaults: Settings) -> None:
     grace = int(SERVICES["service"]["stop_grace_period"].removesuffix("s"))
-    assert grace >= defaults.drain_seconds + STOP_MARGIN
+    assert grace >= defaults.drain_delay_seconds + defaults.drain_seconds + STOP_MARGIN
 
 
 def test_a_stop_is_heard_while_the_service_starts() -> None:

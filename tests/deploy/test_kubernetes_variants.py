@@ -8,6 +8,7 @@ import yaml
 
 from service.front import OPEN_PATHS
 from service.metrics import Metrics
+from service.settings import Settings, load_settings
 from tests.deploy.rendering import K8S, ROOT, Manifest, Pod, everywhere, of_kind, pods, quantity, render, selects
 
 PROMETHEUS = ROOT / "monitoring/prometheus"
@@ -148,11 +149,14 @@ def test_the_operator_gets_the_rules_that_prometheus_gets_elsewhere() -> None:
 # GPU
 
 
-def test_a_gpu_pod_is_one_process_with_one_gpu() -> None:
+def test_a_gpu_pod_is_one_process_with_one_gpu(defaults: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     (pod,) = pods(render("base + gpu"))
     assert pod.container["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert pod.container["image"] == "refrain:gpu"
     assert pod.settings["REFRAIN_PROVIDER"] == "cuda"
+    for name, value in pod.settings.items():
+        monkeypatch.setenv(name, value)
+    assert load_settings().processes == 1
 
 
 # KServe

@@ -47,13 +47,14 @@ class Cluster:
     ports: list[int]
     admin: Path
     processes: ExitStack
+    drain_delay: str
     replicas: list[Process] = field(default_factory=list)
 
     def start(self, place: int) -> Process:
         """Start a replica, or its successor, and wait until it is ready."""
         log = self.logs / f"replica-{place}-{time.monotonic_ns()}"
-        port = str(self.ports[place])
-        return self.processes.enter_context(serving(log, models_dir=self.models, port=port, processes="1"))
+        settings = {"port": str(self.ports[place]), "processes": "1", "drain_delay_seconds": self.drain_delay}
+        return self.processes.enter_context(serving(log, models_dir=self.models, **settings))
 
     def set_state(self, place: int, state: str) -> None:
         """Tell the proxy to leave a replica out, `drain`, or to take it in again, `ready`."""
@@ -111,11 +112,16 @@ def proxying(port: int, ports: list[int], directory: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def cluster(models_dir: Path, tmp_path: Path) -> Iterator[Cluster]:
+def drain_delay() -> str:
+    return "0"
+
+
+@pytest.fixture
+def cluster(models_dir: Path, tmp_path: Path, drain_delay: str) -> Iterator[Cluster]:
     port, *ports = free_ports(1 + REPLICAS)
     with ExitStack() as processes:
         admin = processes.enter_context(proxying(port, ports, tmp_path))
-        cluster = Cluster(models_dir, tmp_path, port, ports, admin, processes)
+        cluster = Cluster(models_dir, tmp_path, port, ports, admin, processes, drain_delay)
         cluster.replicas = [cluster.start(place) for place in range(REPLICAS)]
         yield cluster
 
@@ -193,19 +199,25 @@ def test_a_replica_that_cannot_be_reached_is_passed_by_and_taken_back(
     assert all(call.sent <= stopped and call.ended >= stopping for call in torn), torn
 
 
-def test_a_rolling_restart_loses_no_request(cluster: Cluster, known: Known, figures: list[str]) -> None:
+@pytest.mark.parametrize(("drain_delay", "announced"), [("0", True), ("3", False)], ids=["announced", "delayed"])
+def test_a_rolling_restart_loses_no_request(
+    cluster: Cluster, known: Known, announced: bool, figures: list[str]
+) -> None:
     across = 0
     with loading(cluster.port, known, CLIENTS) as load:
         for place, old in enumerate(cluster.replicas):
             cluster.await_all_serve()
-            cluster.set_state(place, "drain")
+            if announced:
+                cluster.set_state(place, "drain")
             signalled = time.monotonic()
             old.process.send_signal(signal.SIGTERM)
             assert old.process.wait(SECONDS) == 0
             across += sum(call.sent < signalled < call.ended for call in load.calls)
             cluster.replicas[place] = cluster.start(place)
-            cluster.set_state(place, "ready")
+            if announced:
+                cluster.set_state(place, "ready")
         cluster.await_all_serve()
-    figures.append(summary(f"rolling restart, {across} on their way at the signals", load))
+    how = "announced" if announced else "delayed"
+    figures.append(summary(f"rolling restart, {how}, {across} on their way at the signals", load))
     assert not load.faults()
     assert across > 0
