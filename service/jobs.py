@@ -149,10 +149,9 @@ class Pace:
     What counts of a text is what it was admitted with, so that early exits, too, show as a faster pace.
     """
 
-    def __init__(self, seconds: float = 0.0, admitted: int = 0) -> None:
-        """Begin with a text that took so long, or with nothing."""
-        self._seconds, self._admitted = seconds, float(admitted)
-        self._texts = 1.0 if admitted else 0.0
+    def __init__(self, seconds: float = 0.0, admitted: int = 0, texts: int = 0) -> None:
+        """Begin with so many texts that took so long together, or with nothing."""
+        self._seconds, self._admitted, self._texts = seconds, float(admitted), float(texts)
         self._since = 0.0
 
     def starts(self, now: float) -> None:

@@ -21,8 +21,8 @@ from service.settings import Settings
 
 # On a CPU a call of 150 tokens is already as fast, for each token, as one of 2,000, and short turns are good for all.
 BATCH_TOKENS = {"cpu": 256, "cuda": 8192}
-WARM_UP_LENGTHS = (1, 16, 64)  # tokens; and the longest text, more than once, to learn how fast it is when warm
-WARM_UP_RUNS = 3
+WARM_UP_LENGTHS = (1, 16, 64)  # tokens; and as many of the longest as fit a batch,
+WARM_UP_RUNS = 3  # so often, of which the fastest run tells how fast it is when warm
 
 
 class ServingEngine(RunsBatches, Protocol):
@@ -83,11 +83,12 @@ def load_model(bundle: Bundle, settings: Settings, metrics: Metrics, thread: Eng
     started = time.monotonic()
     engine = make(bundle, settings)
     for length in WARM_UP_LENGTHS:
-        _seconds_for(engine, bundle.manifest, length)
-    longest = min(_seconds_for(engine, bundle.manifest, bundle.manifest.max_tokens) for _ in range(WARM_UP_RUNS))
+        _seconds_for(engine, bundle.manifest, 1, length)
+    batch_tokens = settings.max_batch_tokens or BATCH_TOKENS[engine.provider]
+    pace = _measure(engine, bundle.manifest, batch_tokens)
     labels = bundle.manifest.architecture, bundle.manifest.task
     limits = Limits(
-        batch_tokens=settings.max_batch_tokens or BATCH_TOKENS[engine.provider],
+        batch_tokens=batch_tokens,
         queue_texts=settings.max_queue,
         queue_tokens=settings.max_queue_tokens,
         queue_seconds=settings.max_queue_ms / 1000,
@@ -99,7 +100,7 @@ def load_model(bundle: Bundle, settings: Settings, metrics: Metrics, thread: Eng
         limits=limits,
         observer=ModelObserver(metrics, labels),
         temperatures=bundle.manifest.calibration.temperatures,
-        pace=Pace(longest, bundle.manifest.iterations * (bundle.manifest.max_tokens + CALL_TOKENS)),
+        pace=pace,
     )
     seconds = round(time.monotonic() - started, 3)
     structlog.get_logger().info(
@@ -108,10 +109,17 @@ def load_model(bundle: Bundle, settings: Settings, metrics: Metrics, thread: Eng
     return Model(bundle, engine, batcher)
 
 
-def _seconds_for(engine: ServingEngine, manifest: Manifest, length: int) -> float:
-    """Run a text of so many tokens, or the longest there can be, to its full depth."""
+def _measure(engine: ServingEngine, manifest: Manifest, batch_tokens: int) -> Pace:
+    """The pace of full batches, which is that of a queue."""
+    texts = max(1, batch_tokens // manifest.max_tokens)
+    seconds = min(_seconds_for(engine, manifest, texts, manifest.max_tokens) for _ in range(WARM_UP_RUNS))
+    return Pace(seconds, texts * manifest.iterations * (manifest.max_tokens + CALL_TOKENS), texts)
+
+
+def _seconds_for(engine: ServingEngine, manifest: Manifest, texts: int, length: int) -> float:
+    """Run so many texts of so many tokens, or as long as they can be, to their full depth."""
     started = time.monotonic()
-    states = engine.embed([[0] * min(length, manifest.max_tokens)])
+    states = engine.embed([[0] * min(length, manifest.max_tokens)] * texts)
     for _ in range(manifest.iterations):
         states, _logits_BC = engine.step(states)
     return time.monotonic() - started

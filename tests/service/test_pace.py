@@ -31,7 +31,7 @@ class Simulation:
 
     def __init__(self, slower_when_loaded: float = 1.0) -> None:
         tokens = 2 * (LONGEST + CALL_TOKENS)
-        self.pace = Pace(slower_when_loaded * tokens * TOKEN_SECONDS, tokens)
+        self.pace = Pace(slower_when_loaded * tokens * TOKEN_SECONDS, tokens, 1)
         self.pool = Pool()
         self.now = 0.0
         self.foretold: list[tuple[float, float]] = []  # when, and for when
