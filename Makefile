@@ -9,6 +9,7 @@ DATA := $(if $(DATA_DIR),--data-dir $(DATA_DIR))
 # Models of one task trained alike, for `make train` and `make export`.
 DATASET ?= sst2
 TASK ?= sentiment
+EXPORT_OPTIONS ?=
 TRAIN_OPTIONS ?= --batch-size 64 --learning-rate 6e-4 --num-epochs 6 --mixed-precision bf16
 # Options of `make bench` and `make loadtest`; `python -m loadtest.bench --help` and `python -m loadtest --help` list them.
 BENCH_OPTIONS ?=
@@ -46,7 +47,7 @@ train: $(DEV)/ready ## Train both models (DATASET=sst2, DATA_DIR=... for local f
 
 export: $(DEV)/ready ## Export both runs into models/
 	for architecture in recurrent baseline; do \
-		$(DEV)/bin/python -m model_export runs/$(DATASET)-$$architecture models/$(TASK)-$$architecture $(DATA) || exit; \
+		$(DEV)/bin/python -m model_export runs/$(DATASET)-$$architecture models/$(TASK)-$$architecture $(DATA) $(EXPORT_OPTIONS) || exit; \
 	done
 
 loadtest: $(DEV)/ready ## Compare recurrent and baseline under load (LOADTEST_OPTIONS=--quick); writes docs/results/loadtest.*

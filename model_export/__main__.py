@@ -25,11 +25,14 @@ class Export:
     """The bundle directory to write, models/TASK-ARCHITECTURE by custom; a bundle that stands there is replaced."""
     data_dir: Path | None = None
     """Read the run's data set here instead of from the hub: INT8's scales, calibration and proof need it."""
+    judge_on: tuple[str, ...] = ()
+    """Other data sets with the same labels whose test splits quality is reported on too; nothing is tuned on them."""
     precisions: tuple[Literal["fp16", "int8"], ...] = ("fp16", "int8")
+    """One that is too far from FP32 on some split is left out, and the manifest says why."""
     portable: bool = False
     """Also write one self-contained graph per precision (ids, mask -> logits), for serving elsewhere."""
     max_accuracy_lost: float = 0.005
-    """Most accuracy (0 to 1) that a precision may lose against FP32 on the validation split."""
+    """Most accuracy (0 to 1) that a precision may lose against FP32, on any split."""
     min_labels_agree: float = 0.98
     """Least share of labels on which a precision must agree with FP32."""
 
@@ -73,7 +76,13 @@ def _export(command: Export) -> None:
 
     tolerances = Tolerances(command.max_accuracy_lost, command.min_labels_agree)
     options = ExportOptions(
-        command.run, command.out, command.data_dir, command.precisions, command.portable, tolerances
+        command.run,
+        command.out,
+        command.data_dir,
+        command.precisions,
+        command.portable,
+        tolerances,
+        command.judge_on,
     )
     print(inspect(export(options)))
 

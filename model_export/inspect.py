@@ -24,6 +24,7 @@ def inspect(path: Path) -> str:
             *_quality_lines(manifest),
             *_calibration_lines(manifest.calibration),
             *_exit_lines(manifest.calibration),
+            *(f"  left out    {why}" for why in manifest.left_out.values()),
             *_parity_lines(manifest),
         ]
     )
@@ -45,7 +46,7 @@ def _signature(values: dict[str, str]) -> str:
 
 def _quality_lines(manifest: Manifest) -> list[str]:
     return [
-        f"  {split:<11} {precision:<5} accuracy at each iteration: {', '.join(f'{q.accuracy:.4f}' for q in found)}"
+        f"  {split:<22} {precision:<5} accuracy at each iteration: {', '.join(f'{q.accuracy:.4f}' for q in found)}"
         for split, by_precision in manifest.quality.items()
         for precision, found in by_precision.items()
     ]
@@ -97,6 +98,7 @@ def _parity_lines(manifest: Manifest) -> list[str]:
         *(
             f"  parity      {name} against fp32: {one.labels_agree:.4f} of labels agree, "
             f"{one.accuracy_lost:+.4f} accuracy lost ({one.split}, {one.texts} texts)"
-            for name, one in parity.against_fp32.items()
+            for name, found in parity.against_fp32.items()
+            for one in found
         ),
     ]

@@ -3,7 +3,7 @@
 import hashlib
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,29 +14,28 @@ from pydantic import ValidationError
 
 from model_export import ops
 from model_export.calibrate import calibrate
+from model_export.card import README, render, write_card
 from model_export.errors import ExportError
 from model_export.graphs import Graphs, describe, export_graphs, finish, to_fp16, unroll
+from model_export.judge import SplitLogits, Splits, open_splits
 from model_export.parity import (
     FP32_TOLERANCE,
     FloatArray,
     Tolerances,
     fp32_difference,
     precision_difference,
-    run_engine,
     run_portable,
 )
 from model_export.quantize import measure_ranges, quantize_embedding, quantize_step
 from service.bundle import (
     MANIFEST,
     SCHEMA_VERSION,
-    Calibration,
     Difference,
     Graph,
     GraphRole,
     Manifest,
     Parity,
     Precision,
-    Quality,
     StoredFile,
     StoredPrecision,
     Training,
@@ -47,9 +46,8 @@ from service.engine import Engine
 from training import run as runs
 from training.architectures.encoder import Encoder
 from training.batches import pad, sorted_batches
-from training.data import Dataset, load_dataset
+from training.data import load_dataset
 from training.run import RunInfo
-from training.scores import score
 from training.tokenizer import encode
 
 RANGE_TEXTS = 512
@@ -66,21 +64,32 @@ class ExportOptions:
     precisions: tuple[StoredPrecision, ...]
     portable: bool
     tolerances: Tolerances
+    judge_on: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Source:
-    """A run, opened."""
+    """A run, opened. `train_lengths` are those of all its training texts, uncut; `train_ids` are of some."""
 
     info: RunInfo
     model: Encoder
-    dataset: Dataset
+    splits: Splits
     train_ids: list[list[int]]
-    validation_ids: list[list[int]]
+    train_lengths: list[int]
 
     @property
     def iterations(self) -> int:
         return self.model.config.iterations
+
+
+@dataclass
+class _Stored:
+    """The precisions that hold, why the others do not, and what each answered."""
+
+    logits: dict[str, SplitLogits]
+    graphs: dict[StoredPrecision, Graphs] = field(default_factory=dict)
+    differences: dict[StoredPrecision, list[Difference]] = field(default_factory=dict)
+    left_out: dict[StoredPrecision, str] = field(default_factory=dict)
 
 
 def export(options: ExportOptions) -> Path:
@@ -95,6 +104,7 @@ def export(options: ExportOptions) -> Path:
     partial.mkdir(parents=True)
     try:
         manifest = _write(source, options, partial)
+        runs.replace(partial / README, render(manifest).encode())
         runs.replace(partial / MANIFEST, (manifest.model_dump_json(indent=2) + "\n").encode())
         _move_into_place(partial, options.out)
     except ValidationError as error:  # as of a task whose name cannot be a bundle's
@@ -115,53 +125,58 @@ def _open(options: ExportOptions) -> _Source:
     dataset = load_dataset(info.options["dataset"], options.data_dir)
     if list(dataset.labels) != info.labels:
         raise ExportError(f"{dataset.name} has labels {', '.join(dataset.labels)}, the run {', '.join(info.labels)}")
+    limit = model.config.max_tokens
+    splits = open_splits(dataset, options.judge_on, options.data_dir, tokenizer, limit)
     texts = dataset.train.texts
     measured = texts[:: max(1, len(texts) // RANGE_TEXTS)]
-    limit = model.config.max_tokens
-    return _Source(
-        info, model, dataset, encode(tokenizer, measured, limit), encode(tokenizer, dataset.validation.texts, limit)
-    )
+    lengths = [len(encoding) for encoding in tokenizer.encode_batch_fast(texts)]
+    return _Source(info, model, splits, encode(tokenizer, measured, limit), lengths)
 
 
 def _write(source: _Source, options: ExportOptions, directory: Path) -> Manifest:
     """Everything but the manifest, which it returns."""
     fp32 = export_graphs(source.model)
-    engines = {"fp32": _save_and_open(fp32, directory / "fp32", "fp32")}
-    difference, cases = fp32_difference(source.model, engines["fp32"], source.iterations)
-    stored: dict[StoredPrecision, Graphs] = {}
-    for precision in options.precisions:
-        stored[precision] = to_fp16(fp32) if precision == "fp16" else _to_int8(fp32, source)
-        engines[precision] = _save_and_open(stored[precision], directory / precision, precision)
-    logits_RNC = {
-        name: run_engine(engine, source.validation_ids, source.iterations) for name, engine in engines.items()
-    }
-
-    def difference_of(name: str, logits_NC: FloatArray) -> Difference:
-        truth = source.dataset.validation.labels
-        return precision_difference(name, "validation", logits_RNC["fp32"][-1], logits_NC, truth, options.tolerances)
-
-    against_fp32 = {name: difference_of(name, logits_RNC[name][-1]) for name in stored}
+    engine = _save_and_open(fp32, directory / "fp32", "fp32")
+    difference, cases = fp32_difference(source.model, engine, source.iterations)
+    stored = _Stored({"fp32": source.splits.run(engine, source.iterations)})
     shutil.rmtree(directory / "fp32")
+    for precision in options.precisions:
+        _store(
+            stored,
+            precision,
+            to_fp16(fp32) if precision == "fp16" else _to_int8(fp32, source),
+            source,
+            options,
+            directory,
+        )
+    if not stored.graphs:
+        raise ExportError("; ".join(stored.left_out.values()))
     portable: dict[StoredPrecision, ModelProto] = {}
     if options.portable:
-        portable = {name: _write_portable(source, graphs, directory / name) for name, graphs in stored.items()}
-        for name in portable:
-            found_NC = run_portable(directory / name / "portable.onnx", source.validation_ids)
-            difference_of(f"the portable {name} graph", found_NC)
+        portable = {name: _write_portable(source, stored, name, options, directory) for name in stored.graphs}
     shutil.copy(options.run / runs.TOKENIZER, directory / runs.TOKENIZER)
-    return _manifest(
-        source,
-        directory,
-        {name: _precision(graphs, name, directory, portable.get(name)) for name, graphs in stored.items()},
-        {"validation": {name: _quality(source, found) for name, found in logits_RNC.items()}},
-        calibrate("validation", logits_RNC, source.dataset.validation.labels),
-        Parity(
-            fp32_against_pytorch=difference,
-            fp32_cases=cases,
-            fp32_tolerance=FP32_TOLERANCE,
-            against_fp32=against_fp32,
-        ),
+    parity = Parity(
+        fp32_against_pytorch=difference,
+        fp32_cases=cases,
+        fp32_tolerance=FP32_TOLERANCE,
+        against_fp32=stored.differences,
     )
+    return _manifest(source, directory, stored, portable, parity)
+
+
+def _store(
+    stored: _Stored, name: StoredPrecision, graphs: Graphs, source: _Source, options: ExportOptions, directory: Path
+) -> None:
+    """Keeps a precision if it is near enough to FP32 on every split, else the reason why it is not."""
+    engine = _save_and_open(graphs, directory / name, name)
+    found = source.splits.run(engine, source.iterations)
+    try:
+        stored.differences[name] = source.splits.differences(name, stored.logits["fp32"], found, options.tolerances)
+    except ExportError as error:
+        stored.left_out[name] = str(error)
+        shutil.rmtree(directory / name)
+    else:
+        stored.graphs[name], stored.logits[name] = graphs, found
 
 
 def _save_and_open(graphs: Graphs, directory: Path, precision: Literal["fp32", "fp16", "int8"]) -> Engine:
@@ -196,16 +211,17 @@ def _equal_lengths(ids: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         yield from ([same[place] for place in batch] for batch in sorted_batches([length] * len(same), 32))
 
 
-def _write_portable(source: _Source, graphs: Graphs, directory: Path) -> ModelProto:
-    unrolled = unroll(graphs, source.iterations)
-    (directory / "portable.onnx").write_bytes(unrolled.SerializeToString(deterministic=True))
+def _write_portable(
+    source: _Source, stored: _Stored, name: StoredPrecision, options: ExportOptions, directory: Path
+) -> ModelProto:
+    """One graph with the iterations unrolled, held to FP32 on the validation split."""
+    unrolled = unroll(stored.graphs[name], source.iterations)
+    path = directory / name / "portable.onnx"
+    path.write_bytes(unrolled.SerializeToString(deterministic=True))
+    found_NC = run_portable(path, source.splits.validation_ids)
+    fp32_NC, truth = stored.logits["fp32"]["validation"][-1], source.splits.examples["validation"].labels
+    precision_difference(f"the portable {name} graph", "validation", fp32_NC, found_NC, truth, options.tolerances)
     return unrolled
-
-
-def _quality(source: _Source, logits_RNC: FloatArray) -> list[Quality]:
-    truth, labels = source.dataset.validation.labels, source.dataset.labels
-    figures = [score(truth, predicted, labels) for predicted in logits_RNC.argmax(-1).tolist()]
-    return [Quality(accuracy=one["accuracy"], macro_f1=one["macro_f1"]) for one in figures]
 
 
 def _precision(graphs: Graphs, name: StoredPrecision, directory: Path, portable: ModelProto | None) -> Precision:
@@ -227,12 +243,14 @@ def _stored(file: str, directory: Path) -> dict[str, Any]:
 def _manifest(
     source: _Source,
     directory: Path,
-    precisions: dict[StoredPrecision, Precision],
-    quality: dict[str, dict[str, list[Quality]]],
-    calibration: Calibration,
+    stored: _Stored,
+    portable: dict[StoredPrecision, ModelProto],
     parity: Parity,
 ) -> Manifest:
-    info, model = source.info, source.model
+    info, model, splits = source.info, source.model, source.splits
+    validation = {name: logits["validation"] for name, logits in stored.logits.items()}
+    quality = {name: splits.quality(logits) for name, logits in stored.logits.items()}
+    dataset, fp32 = info.provenance["dataset"], stored.logits["fp32"]
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         name=f"{info.task}-{info.architecture}",
@@ -247,10 +265,14 @@ def _manifest(
         opset=ops.OPSET,
         custom_op_domain=ops.DOMAIN,
         custom_op_version=ops.DOMAIN_VERSION,
-        precisions=precisions,
+        precisions={
+            name: _precision(graphs, name, directory, portable.get(name)) for name, graphs in stored.graphs.items()
+        },
+        left_out=stored.left_out,
         training=Training(**{name: info.provenance[name] for name in Training.model_fields}),
-        quality=quality,
-        calibration=calibration,
+        card=write_card(dataset, info.options, source.train_lengths, model.config.max_tokens, splits, fp32),
+        quality={split: {name: found[split] for name, found in quality.items()} for split in splits.examples},
+        calibration=calibrate("validation", validation, splits.examples["validation"].labels),
         parity=parity,
     )
     return manifest.model_copy(update={"version": content_version(manifest)})

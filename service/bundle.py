@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from service.errors import BundleError
 
 MANIFEST = "manifest.json"
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 VERSION_DIGITS = 12
 ANSWERING: Mapping[str, bool | set[str]] = {
     "task": True,
@@ -86,6 +86,55 @@ class Training(_Strict):
     seed: int
 
 
+class Origin(_Strict):
+    """A public data set among those that a model learned from; files given in its place may differ from it."""
+
+    name: str
+    hub: str
+    kind: str
+    """what sort of texts it holds"""
+    language: str
+
+
+class Lengths(_Strict):
+    """Tokens of the training texts; of those that are longer than the model takes, the rest was cut off."""
+
+    median: int
+    percentile_95: int
+    share_cut: Share
+
+
+class Weakness(_Strict):
+    """The label that a split's texts of it get least often; at the last iteration, in FP32."""
+
+    split: str
+    label: str
+    recall: Share
+    texts: int
+
+
+class LengthQuarter(_Strict):
+    """A quarter of the validation split's texts, by length; accuracy at the last iteration, in FP32."""
+
+    shortest: int
+    longest: int
+    texts: int
+    accuracy: Share
+
+
+class Card(_Strict):
+    """What one should know before one relies on a model; everything with a number in it was measured by the export."""
+
+    data: list[Origin]
+    """empty where the data set is one's own"""
+    recipe: dict[str, str | int | float | bool | None]
+    """the training's options"""
+    lengths: Lengths
+    weakest: list[Weakness]
+    by_length: list[LengthQuarter]
+    limits: list[str]
+
+
 class Difference(_Strict):
     """How far one precision's answers are from FP32's, on the named split and at the last iteration."""
 
@@ -102,7 +151,8 @@ class Parity(_Strict):
     fp32_against_pytorch: float
     fp32_cases: int
     fp32_tolerance: float
-    against_fp32: dict[StoredPrecision, Difference]
+    against_fp32: dict[StoredPrecision, list[Difference]]
+    """one entry for each split that quality is reported on"""
 
 
 class Bin(_Strict):
@@ -159,7 +209,7 @@ class Calibration(_Strict):
 class Manifest(_Strict):
     """`manifest.json`. `iterations` is how often the model was trained to run its step (the baseline: once)."""
 
-    schema_version: Literal[2]
+    schema_version: Literal[3]
     name: Name
     task: Name
     architecture: Name
@@ -173,7 +223,10 @@ class Manifest(_Strict):
     custom_op_domain: str
     custom_op_version: int
     precisions: Annotated[dict[StoredPrecision, Precision], Field(min_length=1)]
+    left_out: dict[StoredPrecision, str]
+    """precision -> why the export left it out: on which split it was too far from FP32"""
     training: Training
+    card: Card
     quality: dict[str, dict[str, list[Quality]]]
     """split -> precision (also fp32) -> one entry per iteration"""
     calibration: Calibration

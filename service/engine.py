@@ -77,6 +77,8 @@ def open_engine(bundle: Bundle, *, provider: Provider, precision: Precision, thr
     Raises SettingsError for a provider or a precision that is not there, BundleError for a graph that does not load.
     """
     chosen_provider = choose_provider(provider, ort.get_available_providers())
+    if (provider, precision) == ("auto", "auto") and "fp16" not in bundle.manifest.precisions:
+        chosen_provider = "cpu"  # CUDA has no kernels for what is stored
     chosen_precision, stored = choose_precision(bundle.manifest, chosen_provider, precision)
     graphs = {role: bundle.path / graph.file for role, graph in bundle.manifest.precisions[stored].graphs.items()}
     return Engine(graphs, provider=chosen_provider, precision=chosen_precision, threads=threads)
@@ -133,6 +135,7 @@ def choose_precision(
         raise SettingsError("REFRAIN_PRECISION=fp32: on CUDA the stored fp16 graphs run as they are; take fp16 or auto")
     stored: StoredPrecision = "int8" if asked == "int8" else "fp16"
     if stored not in manifest.precisions:
-        there = ", ".join(manifest.precisions)
-        raise SettingsError(f"REFRAIN_PRECISION={asked}: bundle {manifest.name} has no {stored} graphs, only {there}")
+        there, why = ", ".join(manifest.precisions), manifest.left_out.get(stored)
+        said = f"REFRAIN_PRECISION={asked}: bundle {manifest.name} has no {stored} graphs, only {there}"
+        raise SettingsError(f"{said} ({why})" if why else said)
     return ("fp32" if stored == "fp16" and provider == "cpu" else stored), stored

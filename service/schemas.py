@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 from pydantic_core import ErrorDetails
 
-from service.bundle import Calibration
+from service.bundle import Calibration, Card
 from service.errors import InputEmpty, InvalidJSON, InvalidRequest, RefrainError
 
 MAX_ITERATIONS = 16  # a recurrent model may run deeper than it was trained for, within reason
@@ -145,6 +145,7 @@ class ModelInfo(BaseModel):
     model_bytes: int
     quality: Any
     calibration: Calibration
+    card: Card
 
 
 class ModelsAnswer(BaseModel):

@@ -20,7 +20,8 @@ class EvaluateConfig:
 
     run: tyro.conf.Positional[Path]
     """The run directory."""
-    split: Literal["train", "validation", "test"] = "validation"
+    split: Literal["train", "validation", "test", "all"] = "validation"
+    """all: each that a bundle's manifest reports, of a mix also each of its sources."""
     dataset: str | None = None
     """Another data set with the same labels; the run's own unless given."""
     data_dir: Path | None = None
@@ -60,12 +61,18 @@ def _train(config: TrainConfig) -> None:
 
 
 def _evaluate(config: EvaluateConfig) -> None:
-    from training.evaluate import evaluate, table  # as above
+    from training.evaluate import evaluate, evaluate_all, table  # as above
     from training.run import write_json
 
-    figures = evaluate(config.run, config.data_dir, config.split, config.dataset, config.iterations)
-    write_json(config.output or config.run / "evaluation.json", figures)
-    print(table(figures))
+    output = config.output or config.run / "evaluation.json"
+    if config.split == "all":
+        splits = evaluate_all(config.run, config.data_dir, config.dataset, config.iterations)
+        write_json(output, splits)
+        print("\n\n".join(map(table, splits.values())))
+    else:
+        figures = evaluate(config.run, config.data_dir, config.split, config.dataset, config.iterations)
+        write_json(output, figures)
+        print(table(figures))
 
 
 def _take_config_file(arguments: list[str]) -> list[str]:

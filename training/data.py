@@ -27,17 +27,35 @@ class Source:
     task: str
     labels: tuple[str, ...]
     folders: tuple[str, ...]
+    kind: str
+    """What sort of text it is, for the card of a model that learned from it."""
     columns: Columns = field(default_factory=Columns)
+    language: str = "English"
 
 
 SOURCES: Mapping[str, Source] = {
-    "sst2": Source("stanfordnlp/sst2", "sentiment", POLARITY, ("sst2",)),
-    "imdb": Source("stanfordnlp/imdb", "sentiment", POLARITY, ("imdb",)),
-    "yelp_polarity": Source("fancyzhx/yelp_polarity", "sentiment", POLARITY, ("yelp_polarity", "yelp_reviews")),
-    "amazon_polarity": Source("fancyzhx/amazon_polarity", "sentiment", POLARITY, ("amazon_polarity", "amazon_reviews")),
-    "ag_news": Source("fancyzhx/ag_news", "topic", ("world", "sports", "business", "technology"), ("ag_news",)),
+    "sst2": Source("stanfordnlp/sst2", "sentiment", POLARITY, ("sst2",), "phrases and sentences of film reviews"),
+    "imdb": Source("stanfordnlp/imdb", "sentiment", POLARITY, ("imdb",), "film reviews"),
+    "yelp_polarity": Source(
+        "fancyzhx/yelp_polarity",
+        "sentiment",
+        POLARITY,
+        ("yelp_polarity", "yelp_reviews"),
+        "reviews of local businesses",
+    ),
+    "amazon_polarity": Source(
+        "fancyzhx/amazon_polarity", "sentiment", POLARITY, ("amazon_polarity", "amazon_reviews"), "product reviews"
+    ),
+    "ag_news": Source(
+        "fancyzhx/ag_news", "topic", ("world", "sports", "business", "technology"), ("ag_news",), "news items"
+    ),
     "20newsgroups": Source(
-        "SetFit/20_newsgroups", "newsgroup", NEWSGROUPS, ("20newsgroups",), Columns(drop_empty=True)
+        "SetFit/20_newsgroups",
+        "newsgroup",
+        NEWSGROUPS,
+        ("20newsgroups",),
+        "messages to newsgroups of the 1990s",
+        Columns(drop_empty=True),
     ),
 }
 SENTIMENT_MIX = ("sst2", "imdb", "yelp_polarity", "amazon_polarity")
@@ -59,6 +77,26 @@ class Dataset:
     train: Examples
     validation: Examples
     test: Examples | None
+    sources: Mapping[str, Examples] = field(default_factory=dict)
+    """What judges each part of a mix, as `finals` names it."""
+
+    @property
+    def finals(self) -> Mapping[str, Examples]:
+        """What judges a model in the end, as in `yelp_polarity test`; validation where a test's labels are withheld."""
+        if self.sources:
+            return self.sources
+        return {f"{self.name} test": self.test} if self.test else {f"{self.name} validation": self.validation}
+
+    @property
+    def judged(self) -> dict[str, Examples]:
+        """The splits that quality is reported on; validation alone may tune anything."""
+        return {"validation": self.validation, **(self.sources or ({"test": self.test} if self.test else {}))}
+
+
+def origins(name: str) -> dict[str, Source]:
+    """The public data sets that one is made of; none that we know for one's own."""
+    parts = {"sentiment": SENTIMENT_MIX, "domain": tuple(DOMAINS.values())}.get(name, (name,))
+    return {part: SOURCES[part] for part in parts if part in SOURCES}
 
 
 def load_dataset(name: str, data_dir: Path | None) -> Dataset:
@@ -151,6 +189,7 @@ def _sentiment_mix(data_dir: Path | None) -> Dataset:
         _join([part.train for part in parts]),
         _join([part.validation for part in parts]),
         _join(tests) if tests else None,
+        {name: examples for part in parts for name, examples in part.finals.items()},
     )
 
 

@@ -13,8 +13,9 @@ from tqdm import tqdm
 from training import run as runs
 from training.architectures.encoder import Encoder
 from training.batches import pad, sorted_batches
-from training.data import load_dataset
+from training.data import Dataset, load_dataset
 from training.errors import TrainingError
+from training.examples import Examples
 from training.scores import score
 from training.tokenizer import encode
 
@@ -46,13 +47,32 @@ def evaluate(
     run: Path, data_dir: Path | None, split: str, dataset_name: str | None, iterations: int | None
 ) -> dict[str, Any]:
     """The figures of a run on one split of its own data set, or of another with the same labels."""
-    info = runs.read_info(run)
-    dataset = load_dataset(dataset_name or info.options["dataset"], data_dir)
-    if list(dataset.labels) != info.labels:
-        raise TrainingError(f"{dataset.name} has labels {', '.join(dataset.labels)}, the run {', '.join(info.labels)}")
+    dataset = _load(run, data_dir, dataset_name)
     examples = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}[split]
     if examples is None:
         raise TrainingError(f"data set '{dataset.name}' has no labelled {split} split")
+    return measure(run, dataset.name, split, examples, iterations)
+
+
+def evaluate_all(
+    run: Path, data_dir: Path | None, dataset_name: str | None, iterations: int | None
+) -> dict[str, dict[str, Any]]:
+    """The same on every split that a manifest reports quality on: of a mix, each source by itself."""
+    dataset = _load(run, data_dir, dataset_name)
+    return {name: measure(run, dataset.name, name, part, iterations) for name, part in dataset.judged.items()}
+
+
+def _load(run: Path, data_dir: Path | None, name: str | None) -> Dataset:
+    info = runs.read_info(run)
+    dataset = load_dataset(name or info.options["dataset"], data_dir)
+    if list(dataset.labels) != info.labels:
+        raise TrainingError(f"{dataset.name} has labels {', '.join(dataset.labels)}, the run {', '.join(info.labels)}")
+    return dataset
+
+
+def measure(run: Path, dataset: str, split: str, examples: Examples, iterations: int | None = None) -> dict[str, Any]:
+    """The figures of a run on these examples; the names are for the reader."""
+    info = runs.read_info(run)
     if iterations is not None and (info.architecture != "recurrent" or iterations < 1):
         raise TrainingError(
             f"--iterations {iterations}: at least 1, and for a recurrent model only, not {info.architecture}"
@@ -64,7 +84,7 @@ def evaluate(
     seconds = time.perf_counter() - started
     return {
         "run": info.provenance["run_id"],
-        "dataset": dataset.name,
+        "dataset": dataset,
         "split": split,
         "parameters": parameters,
         "megabytes_fp32": parameters * 4 / 1e6,

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from service.app import create_app
-from service.bundle import Bundle, Calibration, Manifest
+from service.bundle import Bundle, Calibration, Card, Lengths, Manifest
 from service.settings import Settings
 
 FloatArray = NDArray[np.float32]
@@ -46,7 +46,7 @@ def fake_bundle(
 ) -> Bundle:
     """A bundle that was never on disk; its manifest has what the service reads."""
     manifest = Manifest.model_construct(
-        schema_version=1,
+        schema_version=3,
         name=f"{task}-{architecture}",
         task=task,
         architecture=architecture,
@@ -65,6 +65,14 @@ def fake_bundle(
             ece={},
             reliability=[],
             exit_curve={},
+        ),
+        card=Card(
+            data=[],
+            recipe={},
+            lengths=Lengths(median=1, percentile_95=1, share_cut=0),
+            weakest=[],
+            by_length=[],
+            limits=["not a model"],
         ),
     )
     return Bundle(Path("nowhere"), manifest, byte_tokenizer())

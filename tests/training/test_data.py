@@ -8,7 +8,7 @@ import datasets
 import pytest
 
 from tests.training.easy import Records, easy_records, write_jsonl
-from training.data import DOMAINS, NEWSGROUPS, SENTIMENT_MIX, Dataset, load_dataset
+from training.data import DOMAINS, NEWSGROUPS, SENTIMENT_MIX, Dataset, load_dataset, origins
 from training.errors import TrainingError
 
 
@@ -95,6 +95,24 @@ def test_the_sentiment_mix_joins_its_four_sets(tmp_path: Path) -> None:
     assert len(dataset.validation) == 16
     assert dataset.test is not None
     assert len(dataset.test) == 6
+
+
+def test_a_mix_is_judged_by_its_sources_and_validation_where_there_is_no_test(tmp_path: Path) -> None:
+    for name in SENTIMENT_MIX:
+        write_jsonl(tmp_path / name / "train.jsonl", polarity(name, 40))
+    for name in ("sst2", "yelp_polarity"):
+        write_jsonl(tmp_path / name / "validation.jsonl", polarity(f"{name} validation", 6))
+    write_jsonl(tmp_path / "yelp_polarity" / "test.jsonl", polarity("yelp_polarity test", 8))
+    mix = load_dataset("sentiment", tmp_path)
+    sources = ["sst2 validation", "imdb validation", "yelp_polarity test", "amazon_polarity validation"]
+    assert list(mix.finals) == sources
+    assert list(mix.judged) == ["validation", *sources]
+    assert mix.finals["yelp_polarity test"].texts == [f"yelp_polarity test text {row}" for row in range(8)]
+    assert mix.finals["imdb validation"] == load_dataset("imdb", tmp_path).validation
+    yelp = load_dataset("yelp_polarity", tmp_path)
+    assert list(yelp.judged) == ["validation", "test"]
+    assert (list(yelp.finals), list(origins("sentiment"))) == (["yelp_polarity test"], list(SENTIMENT_MIX))
+    assert origins("mine") == {}
 
 
 def test_domain_has_as_many_texts_of_each_and_its_own_labels(tmp_path: Path) -> None:

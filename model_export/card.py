@@ -1,0 +1,127 @@
+"""A model's card: what one should know before relying on it, measured for the manifest and rendered from it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from model_export.judge import SplitLogits, Splits
+from service.bundle import Card, LengthQuarter, Lengths, Manifest, Origin, Weakness
+from training.data import origins
+from training.scores import score
+
+README = "README.md"
+QUARTERS = 4
+
+
+def write_card(
+    dataset: str, recipe: Mapping[str, Any], train_lengths: Sequence[int], max_tokens: int, splits: Splits,
+    fp32: SplitLogits,
+) -> Card:  # fmt: skip
+    """The card; `train_lengths` are in tokens, before anything is cut."""
+    data = [
+        Origin(name=name, hub=one.hub, kind=one.kind, language=one.language) for name, one in origins(dataset).items()
+    ]
+    lengths = Lengths(
+        median=int(np.median(train_lengths)),
+        percentile_95=int(np.percentile(train_lengths, 95)),
+        share_cut=float((np.array(train_lengths) > max_tokens).mean()),
+    )
+    return Card(
+        data=data,
+        recipe=dict(recipe),
+        lengths=lengths,
+        weakest=[_weakest(splits, split, logits_RNC) for split, logits_RNC in fp32.items()],
+        by_length=_by_length(splits, fp32),
+        limits=_limits(data, splits.labels, max_tokens, lengths),
+    )
+
+
+def _weakest(splits: Splits, split: str, logits_RNC: Any) -> Weakness:
+    found = score(splits.examples[split].labels, logits_RNC[-1].argmax(-1).tolist(), splits.labels)
+    there = {label: one for label, one in found["per_class"].items() if one["texts"]}
+    label, one = min(there.items(), key=lambda item: item[1]["recall"])
+    return Weakness(split=split, label=label, recall=one["recall"], texts=one["texts"])
+
+
+def _by_length(splits: Splits, fp32: SplitLogits) -> list[LengthQuarter]:
+    lengths_N = np.array([len(ids) for ids in splits.validation_ids])
+    right_N = fp32["validation"][-1].argmax(-1) == np.array(splits.examples["validation"].labels)
+    return [
+        LengthQuarter(
+            shortest=int(lengths_N[places].min()),
+            longest=int(lengths_N[places].max()),
+            texts=len(places),
+            accuracy=float(right_N[places].mean()),
+        )
+        for places in np.array_split(np.argsort(lengths_N, kind="stable"), QUARTERS)
+        if len(places)
+    ]
+
+
+def _limits(data: Sequence[Origin], labels: Sequence[str], max_tokens: int, lengths: Lengths) -> list[str]:
+    learned = "; ".join(f"{one.language}, {one.kind}" for one in data) or "texts of one's own"
+    return [
+        f"Learned from: {learned}. How good it is on other languages and other sorts of text was not measured.",
+        f"Every text is given one of {', '.join(labels)}: there is no answer for what is none of them, or several.",
+        f"Of a text longer than {max_tokens} tokens only the beginning counts; so it was with {lengths.share_cut:.1%} "
+        "of the training texts.",
+        "The weights kept, the temperatures and the exit threshold were chosen on the validation split: expect a "
+        "little less on texts of your own.",
+    ]
+
+
+def render(manifest: Manifest) -> str:
+    """The card as Markdown, from the manifest alone."""
+    card = manifest.card
+    weakest = [[one.split, one.label, f"{one.recall:.4f}", str(one.texts)] for one in card.weakest]
+    quarters = [[f"{one.shortest} to {one.longest}", str(one.texts), f"{one.accuracy:.4f}"] for one in card.by_length]
+    parts = [
+        f"# {manifest.name}@{manifest.version}",
+        f"Sorts texts of up to {manifest.max_tokens} tokens into {', '.join(manifest.labels)}. "
+        f"Architecture {manifest.architecture}, {manifest.parameters:,} parameters, {manifest.iterations} "
+        f"iteration{'s' * (manifest.iterations > 1)}; stored as {', '.join(manifest.precisions)}.",
+        *(f"Left out: {why}." for why in manifest.left_out.values()),
+        "## Limits",
+        "\n".join(f"- {limit}" for limit in card.limits),
+        "## Quality",
+        _quality(manifest),
+        "## Weaknesses",
+        "Least recall of a label on each split, at the last iteration in FP32:",
+        _grid(["split", "label", "recall", "texts"], weakest),
+        "Quarters of the validation split by length in tokens:",
+        _grid(["tokens", "texts", "accuracy"], quarters),
+        "## Training",
+        *_training(manifest),
+        "Written from manifest.json by the export.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _training(manifest: Manifest) -> list[str]:
+    card, training = manifest.card, manifest.training
+    texts = ", ".join(f"{count:,} texts for {split}" for split, count in training.texts.items())
+    begun = f"; begun from run {training.initialised_from}" if training.initialised_from else ""
+    recipe = ", ".join(f"{name} {value}" for name, value in card.recipe.items() if value is not None)
+    return [
+        f"Run {training.run_id}, commit {training.commit}, seed {training.seed}, data set `{training.dataset}`: "
+        f"{texts}{begun}. Training texts have {card.lengths.median} tokens in the median, 95 % have at most "
+        f"{card.lengths.percentile_95}.",
+        "\n".join(f"- {one.name}: {one.kind}, {one.language}; public as {one.hub}" for one in card.data),
+        f"Recipe: {recipe}.",
+    ]
+
+
+def _quality(manifest: Manifest) -> str:
+    rows = [
+        [split, precision, str(iteration), f"{one.accuracy:.4f}", f"{one.macro_f1:.4f}"]
+        for split, by_precision in manifest.quality.items()
+        for precision, found in by_precision.items()
+        for iteration, one in enumerate(found, start=1)
+    ]
+    return _grid(["split", "precision", "after iteration", "accuracy", "macro F1"], rows)
+
+
+def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
