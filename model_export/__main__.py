@@ -1,4 +1,4 @@
-"""`python -m model_export RUN OUT` and `python -m model_export inspect BUNDLE`."""
+"""`python -m model_export RUN OUT`, `... inspect BUNDLE` and `... speed BUNDLE ...`."""
 
 import sys
 from dataclasses import dataclass
@@ -46,11 +46,27 @@ class Inspect:
     """Also draw its calibration and its exit curve into this PNG file."""
 
 
+@dataclass(frozen=True)
+class Speed:
+    """Times the bundles' precisions against each other, on one thread, at full depth."""
+
+    bundles: tyro.conf.Positional[tuple[Path, ...]]
+    texts: Path
+    """A file of records with a `text`: .jsonl, .csv, .tsv, .parquet."""
+    output: Path
+    """Where the JSON goes."""
+    most: int = 512
+    """Texts taken from the file."""
+    rounds: int = 5
+
+
 def main(arguments: list[str]) -> int:
     """Runs one command; returns the exit status."""
     try:
         if arguments[:1] == ["inspect"]:
             _inspect(tyro.cli(Inspect, prog="python -m model_export inspect", args=arguments[1:]))
+        elif arguments[:1] == ["speed"]:
+            _speed(tyro.cli(Speed, prog="python -m model_export speed", args=arguments[1:]))
         else:
             _export(tyro.cli(Export, prog="python -m model_export", args=arguments))
     except (ExportError, TrainingError, StartError) as error:
@@ -67,6 +83,13 @@ def _inspect(command: Inspect) -> None:
         from model_export.figure import draw
 
         draw(command.bundle, command.figure)
+
+
+def _speed(command: Speed) -> None:
+    from model_export.speed import speed  # as above
+    from training.run import write_json
+
+    write_json(command.output, speed(command.bundles, command.texts, command.most, command.rounds))
 
 
 def _export(command: Export) -> None:

@@ -1,4 +1,4 @@
-"""`python -m training`: train and evaluate."""
+"""`python -m training`: train, evaluate and repeat the published experiments."""
 
 import argparse
 import json
@@ -12,6 +12,7 @@ import tyro
 
 from training.config import TrainConfig
 from training.errors import TrainingError
+from training.experiments.options import ExperimentsConfig
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,19 @@ def main(arguments: list[str]) -> int:
     try:
         command = tyro.cli(
             Annotated[TrainConfig, tyro.conf.subcommand("train")]
-            | Annotated[EvaluateConfig, tyro.conf.subcommand("evaluate")],
+            | Annotated[EvaluateConfig, tyro.conf.subcommand("evaluate")]
+            | Annotated[ExperimentsConfig, tyro.conf.subcommand("experiments")],
             prog="python -m training",
             description="Trains and evaluates the text classifiers. `train --config FILE` reads options from TOML or "
             "JSON; options on the command line win.",
             args=_take_config_file(arguments),
         )
-        _train(command) if isinstance(command, TrainConfig) else _evaluate(command)
+        if isinstance(command, TrainConfig):
+            _train(command)
+        elif isinstance(command, EvaluateConfig):
+            _evaluate(command)
+        else:
+            _experiments(command)
     except TrainingError as error:
         print(f"training: {error}", file=sys.stderr)
         return 1
@@ -73,6 +80,13 @@ def _evaluate(config: EvaluateConfig) -> None:
         figures = evaluate(config.run, config.data_dir, config.split, config.dataset, config.iterations)
         write_json(output, figures)
         print(table(figures))
+
+
+def _experiments(config: ExperimentsConfig) -> None:
+    from training.experiments.run import run_experiment  # as above
+
+    written = run_experiment(config)
+    print(f"written: {written}, with a figure (.png) and every cell's figures (.json) beside it")
 
 
 def _take_config_file(arguments: list[str]) -> list[str]:

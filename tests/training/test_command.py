@@ -49,7 +49,9 @@ def free_port() -> int:
         return port
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["evaluate", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["evaluate", "--help"], ["experiments", "--help"]]
+)
 def test_help_does_not_wait_for_torch(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom training.__main__ import main\n"
