@@ -1,8 +1,10 @@
 """Runs an experiment: every cell for every seed, several at once, each going on where it was."""
 
 import json
-from collections.abc import Mapping
+import signal
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -34,11 +36,21 @@ def run_experiment(config: ExperimentsConfig) -> Path:
     experiment = EXPERIMENTS[config.name]
     _write_selections(config, experiment)
     torch.set_num_threads(1)  # testing, and above all timing
-    with Children(threads=1 if config.jobs > 1 else None) as children:
+    with _told_to_end_as_by_ctrl_c(), Children(threads=1 if config.jobs > 1 else None) as children:
         finished = _finish_all(config, experiment, children)
         gather = of_precisions if experiment.by_precision else of_tests
         results, sizes = gather(finished, config.place, children)
     return write_report(config, experiment, [one.recipe for one in finished], results, sizes)
+
+
+@contextmanager
+def _told_to_end_as_by_ctrl_c() -> Iterator[None]:
+    """SIGTERM, whose default would leave the trainings behind, does what Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _write_selections(config: ExperimentsConfig, experiment: Experiment) -> None:
