@@ -1,16 +1,17 @@
-"""`python -m training`: train, evaluate and repeat the published experiments."""
+"""`python -m training`: pretrain, train, evaluate, record, and repeat the published experiments."""
 
 import argparse
 import json
 import sys
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from training.config import TrainConfig
+from training.config import PretrainConfig, RunConfig, TrainConfig
 from training.errors import TrainingError
 from training.experiments.options import ExperimentsConfig
 
@@ -33,24 +34,34 @@ class EvaluateConfig:
     """Where the JSON goes; RUN/evaluation.json unless given."""
 
 
+@dataclass(frozen=True)
+class RecordConfig:
+    """Writes what each run cost, tokens per second and peak memory, as a table and as JSON."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """The run directories, in the order of the table."""
+    output: Path = Path("docs/results/training")
+    """Without the suffix: .md and .json are written."""
+
+
+TRAININGS: Mapping[str, type[RunConfig]] = {"pretrain": PretrainConfig, "train": TrainConfig}
+
+
 def main(arguments: list[str]) -> int:
     """Runs one command; returns the exit status (130 after Ctrl-C)."""
     try:
         command = tyro.cli(
-            Annotated[TrainConfig, tyro.conf.subcommand("train")]
+            Annotated[PretrainConfig, tyro.conf.subcommand("pretrain")]
+            | Annotated[TrainConfig, tyro.conf.subcommand("train")]
             | Annotated[EvaluateConfig, tyro.conf.subcommand("evaluate")]
+            | Annotated[RecordConfig, tyro.conf.subcommand("record")]
             | Annotated[ExperimentsConfig, tyro.conf.subcommand("experiments")],
             prog="python -m training",
-            description="Trains and evaluates the text classifiers. `train --config FILE` reads options from TOML or "
-            "JSON; options on the command line win.",
+            description="Trains and evaluates the text classifiers. `train --config FILE` and `pretrain --config FILE` "
+            "read options from TOML or JSON; options on the command line win.",
             args=_take_config_file(arguments),
         )
-        if isinstance(command, TrainConfig):
-            _train(command)
-        elif isinstance(command, EvaluateConfig):
-            _evaluate(command)
-        else:
-            _experiments(command)
+        _run(command)
     except TrainingError as error:
         print(f"training: {error}", file=sys.stderr)
         return 1
@@ -60,11 +71,29 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _train(config: TrainConfig) -> None:
-    from training.loop import train  # torch takes seconds to import; --help shall not
+def _run(command: PretrainConfig | TrainConfig | EvaluateConfig | RecordConfig | ExperimentsConfig) -> None:
+    match command:
+        case PretrainConfig():
+            from training.pretrain import pretrain  # torch takes seconds to import; --help shall not
 
-    run = train(config)
-    print(f"run written to {run}; next: python -m training evaluate {run}")
+            print(
+                f"run written to {pretrain(command)}; next: python -m training train --init-from {command.output_dir}"
+            )
+        case TrainConfig():
+            from training.loop import train  # as above
+
+            print(f"run written to {train(command)}; next: python -m training evaluate {command.output_dir}")
+        case EvaluateConfig():
+            _evaluate(command)
+        case RecordConfig():
+            from training.record import record  # as above
+
+            print(record(command.runs, command.output))
+        case ExperimentsConfig():
+            from training.experiments.run import run_experiment  # as above
+
+            written = run_experiment(command)
+            print(f"written: {written}, with a figure (.png) and every cell's figures (.json) beside it")
 
 
 def _evaluate(config: EvaluateConfig) -> None:
@@ -82,26 +111,19 @@ def _evaluate(config: EvaluateConfig) -> None:
         print(table(figures))
 
 
-def _experiments(config: ExperimentsConfig) -> None:
-    from training.experiments.run import run_experiment  # as above
-
-    written = run_experiment(config)
-    print(f"written: {written}, with a figure (.png) and every cell's figures (.json) beside it")
-
-
 def _take_config_file(arguments: list[str]) -> list[str]:
-    """Puts the options that `train --config FILE` names before the other arguments, which thereby win."""
+    """Puts the options that `--config FILE` names before the other arguments, which thereby win."""
     parser = argparse.ArgumentParser(prog="python -m training", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     found, others = parser.parse_known_args(arguments)
     if found.config is None:
         return arguments
-    if others[:1] != ["train"]:
-        raise TrainingError("--config goes with train")
-    return ["train", *_read_options(found.config), *others[1:]]
+    if not others or others[0] not in TRAININGS:
+        raise TrainingError(f"--config goes with {' and '.join(TRAININGS)}")
+    return [others[0], *_read_options(found.config, TRAININGS[others[0]]), *others[1:]]
 
 
-def _read_options(path: Path) -> list[str]:
+def _read_options(path: Path, kind: type[RunConfig]) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
@@ -110,10 +132,14 @@ def _read_options(path: Path) -> list[str]:
     if not isinstance(values, dict):
         raise TrainingError(f"--config {path}: an object of options is needed")
     values = {name.replace("_", "-"): value for name, value in values.items()}
-    known = {field.name.replace("_", "-") for field in fields(TrainConfig)}
+    known = {field.name.replace("_", "-"): field.default for field in fields(kind)}
     if unknown := sorted(values.keys() - known):
         raise TrainingError(f"--config {path}: unknown options {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-    return [f"--{name}={value}" for name, value in values.items()]
+    arguments = []
+    for name, value in values.items():
+        several = isinstance(known[name], tuple) and isinstance(value, list)
+        arguments += [f"--{name}", *map(str, value)] if several else [f"--{name}={value}"]
+    return arguments
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The options of a training: what `python -m training train` takes, and what a run keeps in `config.json`."""
+"""The options of a training: what `python -m training train` and `pretrain` take, and a run keeps in `config.json`."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from training.errors import TrainingError
 from training.shapes import SHAPES, EncoderConfig
@@ -12,31 +12,28 @@ SMALLEST_VOCABULARY = 260
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Trains one model on one data set and writes a run directory."""
+class RunConfig:
+    """What both kinds of training take: where, which network, and how it learns."""
 
-    dataset: str = "sst2"
-    """sst2, imdb, yelp_polarity, amazon_polarity, ag_news, 20newsgroups, sentiment (a mix), domain, or a folder of
-    --data-dir."""
     data_dir: Path | None = None
     """Read NAME/{train,validation,test}.{jsonl,csv,tsv,parquet} (text also .gz) here instead of from the hub."""
     train_share: float = 1.0
-    """Train on this share of the training split, drawn by the seed."""
+    """Train on this share of the training texts, drawn by the seed."""
     output_dir: Path = Path("runs/default")
     """The run directory. A run that stands there unfinished is resumed when the options are the same."""
-    init_from: Path | None = None
-    """Start from the weights of this run, with its tokenizer; the shape must be the same."""
 
     architecture: Literal["recurrent", "baseline"] = "recurrent"
     recurrent_depth: int = 2
     """Iterations of the recurrent model's shared layers; the baseline always takes one."""
+    sample_iterations: int | None = None
+    """Each training step draws from 1 to this many iterations; validation takes --recurrent-depth all the same."""
     layers: int | None = None
     """Layers, hidden width, heads, feed-forward width: the architecture's own unless given."""
     width: int | None = None
     heads: int | None = None
     feed_forward: int | None = None
     max_tokens: int = 256
-    """Longer texts are cut, in training and in serving."""
+    """Longer texts are cut, in training and in serving; pretraining goes on with the rest in another row."""
     tokenizer: Literal["wordpiece", "bpe"] = "wordpiece"
     vocabulary: int = 4096
 
@@ -53,9 +50,6 @@ class TrainConfig:
     early_stopping_patience: int = 3
     """Epochs without a better validation accuracy before training stops."""
     dropout: float = 0.1
-    token_dropout: float = 0.1
-    """Share of tokens replaced by [MASK] in training."""
-    label_smoothing: float = 0.0
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """fp16 needs CUDA."""
     seed: int = 13
@@ -64,20 +58,26 @@ class TrainConfig:
     checkpoint_steps: int = 500
     """Optimiser steps between two checkpoints."""
 
+    counts: ClassVar[tuple[str, ...]] = (
+        "recurrent_depth", "sample_iterations", "layers", "width", "heads", "feed_forward", "max_tokens", "vocabulary",
+        "batch_size", "gradient_accumulation", "num_epochs", "early_stopping_patience", "validations_per_epoch",
+        "checkpoint_steps",
+    )  # fmt: skip
+    shares: ClassVar[tuple[str, ...]] = ("warmup_share", "dropout")
+
     def __post_init__(self) -> None:
-        counts = (
-            "recurrent_depth", "layers", "width", "heads", "feed_forward", "max_tokens", "vocabulary", "batch_size",
-            "gradient_accumulation", "num_epochs", "early_stopping_patience", "validations_per_epoch",
-            "checkpoint_steps",
-        )  # fmt: skip
-        for name in counts:
+        for name in self.counts:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise TrainingError(f"--{name.replace('_', '-')} is {value}; at least 1 is needed")
-        for name in ("warmup_share", "dropout", "token_dropout", "label_smoothing"):
+        for name in self.shares:
             if not 0 <= (value := getattr(self, name)) < 1:
                 raise TrainingError(f"--{name.replace('_', '-')} is {value}; a share from 0 to below 1 is needed")
+        if not 0 < self.train_share <= 1:
+            raise TrainingError(f"--train-share {self.train_share}: a share above 0 and up to 1 is needed")
         if self.vocabulary < SMALLEST_VOCABULARY:
             raise TrainingError(f"--vocabulary is {self.vocabulary}; at least {SMALLEST_VOCABULARY} are needed")
+        if self.sample_iterations and self.architecture != "recurrent":
+            raise TrainingError(f"--sample-iterations is for a recurrent model only, not {self.architecture}")
 
     def encoder(self, classes: int, vocabulary: int) -> EncoderConfig:
         """The network's shape: the architecture's own, with what the options override."""
@@ -89,3 +89,57 @@ class TrainConfig:
         return EncoderConfig(
             **shape, classes=classes, vocabulary=vocabulary, max_tokens=self.max_tokens, dropout=self.dropout
         )
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """Trains one model on one data set and writes a run directory."""
+
+    dataset: str = "sst2"
+    """sst2, imdb, yelp_polarity, amazon_polarity, ag_news, 20newsgroups, sentiment (a mix), domain, or a folder of
+    --data-dir."""
+    init_from: Path | None = None
+    """Start from the weights of this run, with its tokenizer; the shape must be the same. The head is new where that
+    run was pretrained, or decided between other labels."""
+    teacher: tuple[Path, ...] = ()
+    """Learn also from what these runs say of each training text; they may have any shape, and their mean counts."""
+    temperature: float = 2.0
+    """Softens the probabilities of teacher and student for their comparison."""
+    teacher_weight: float = 0.5
+    """The teacher's share of the loss; the labels have the rest."""
+    token_dropout: float = 0.1
+    """Share of tokens replaced by [MASK] in training."""
+    label_smoothing: float = 0.0
+
+    shares: ClassVar[tuple[str, ...]] = (*RunConfig.shares, "token_dropout", "label_smoothing")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.temperature <= 0:
+            raise TrainingError(f"--temperature is {self.temperature}; a number above 0 is needed")
+        if not 0 <= self.teacher_weight <= 1:
+            raise TrainingError(f"--teacher-weight is {self.teacher_weight}; a share from 0 to 1 is needed")
+
+
+@dataclass(frozen=True)
+class PretrainConfig(RunConfig):
+    """Has a model guess masked words of training texts, without their labels; `train --init-from` goes on from it."""
+
+    datasets: tuple[str, ...] = ("imdb", "yelp_polarity", "amazon_polarity", "sst2")
+    """Only their training texts are read."""
+    mask_share: float = 0.2
+    """Share of the tokens to be guessed: of these 80 % are masked, 10 % replaced by others, 10 % left."""
+    max_tokens: int = 128
+    """Tokens in a row. Rows are full: texts follow one another, and long ones go on in the next."""
+    batch_size: int = 64
+    """Rows per process in one forward pass."""
+    learning_rate: float = 1e-3
+    num_epochs: int = 3
+    dropout: float = 0.0
+
+    shares: ClassVar[tuple[str, ...]] = (*RunConfig.shares, "mask_share")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.datasets:
+            raise TrainingError("--datasets names none; at least one is needed")

@@ -10,6 +10,8 @@ from training.examples import SMALLEST_SPLIT, Columns, Examples, collect, find_s
 
 SPLIT_SEED = 13
 VALIDATION_SHARE = 0.1
+HELD_OUT_SHARE = 0.01
+"""Of the texts for a pretraining, to measure it on."""
 POLARITY = ("negative", "positive")
 NEWSGROUPS = (
     "alt.atheism", "comp.graphics", "comp.os.ms-windows.misc", "comp.sys.ibm.pc.hardware", "comp.sys.mac.hardware",
@@ -112,6 +114,20 @@ def load_dataset(name: str, data_dir: Path | None) -> Dataset:
     if name not in SOURCES and data_dir is None:
         raise TrainingError(f"unknown data set '{name}'; known: {', '.join(NAMES)}, or a folder of --data-dir")
     return _from_files(name, data_dir) if data_dir else _from_hub(name)
+
+
+def unlabelled(names: Sequence[str], data_dir: Path | None) -> Dataset:
+    """The training texts of all these data sets, each once, for a task without labels (every number is 0).
+
+    None of them is also a validation or test text of any of the data sets.
+    """
+    parts = [load_dataset(name, data_dir) for name in names]
+    held = {text for part in parts for split in (part.validation, part.test) if split for text in split.texts}
+    texts = list(dict.fromkeys(text for part in parts for text in part.train.texts if text not in held))
+    texts = [texts[index] for index in _shuffled(len(texts))]
+    count = max(1, round(len(texts) * HELD_OUT_SHARE))
+    train, held_out = (Examples(some, [0] * len(some)) for some in (texts[count:], texts[:count]))
+    return Dataset("+".join(names), "pretraining", (), train, held_out, None)
 
 
 def _from_files(name: str, data_dir: Path) -> Dataset:

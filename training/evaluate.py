@@ -72,12 +72,11 @@ def _load(run: Path, data_dir: Path | None, name: str | None) -> Dataset:
 
 def measure(run: Path, dataset: str, split: str, examples: Examples, iterations: int | None = None) -> dict[str, Any]:
     """The figures of a run on these examples; the names are for the reader."""
-    info = runs.read_info(run)
+    info, model = runs.read_info(run), runs.read_model(run)
     if iterations is not None and (info.architecture != "recurrent" or iterations < 1):
         raise TrainingError(
             f"--iterations {iterations}: at least 1, and for a recurrent model only, not {info.architecture}"
         )
-    model = runs.read_model(run)
     parameters = sum(p.numel() for p in model.parameters())
     started = time.perf_counter()
     logits_RNC = predict(model, runs.read_tokenizer(run), examples.texts, model.config.max_tokens, iterations)

@@ -8,36 +8,47 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+from tokenizers import Tokenizer
+
 from training import run as runs
-from training.config import TrainConfig
+from training.config import RunConfig, TrainConfig
 from training.data import Dataset, load_dataset
 from training.errors import TrainingError
 from training.run import RunInfo
 from training.tokenizer import learn_tokenizer
 
 
-def prepare_run(config: TrainConfig, dataset: Dataset) -> RunInfo:
+def prepare_dataset(config: TrainConfig) -> Dataset:
+    """The data set that the options name, with the share of its training split that they ask for."""
+    return draw_share(load_dataset(config.dataset, config.data_dir), config)
+
+
+def draw_share(dataset: Dataset, config: RunConfig) -> Dataset:
+    count = len(dataset.train)
+    chosen = random.Random(config.seed).sample(range(count), max(1, round(count * config.train_share)))
+    return replace(dataset, train=dataset.train.pick(sorted(chosen)))
+
+
+def prepare_run(config: RunConfig, dataset: Dataset) -> RunInfo:
     """A new run directory, or the one that stands there if its options are the same."""
     directory, options = config.output_dir, _options(config)
     if (directory / runs.CONFIG).exists():
         info = runs.read_info(directory)
-        changed = [name for name, value in options.items() if info.options.get(name) != value]
-        if changed:
+        before = _options(type(config)()) | info.options  # a run may be older than an option, which it left alone
+        if changed := [name for name, value in options.items() if before[name] != value]:
             raise TrainingError(
                 f"{directory} holds a run with other options ({', '.join(changed)}): choose another --output-dir"
             )
         return info
     directory.mkdir(parents=True, exist_ok=True)
-    if config.init_from:
-        tokenizer = runs.read_tokenizer(config.init_from)
-    else:
-        tokenizer = learn_tokenizer(dataset.train.texts, config.tokenizer, config.vocabulary)
+    tokenizer = _tokenizer(config, dataset)
     runs.replace(directory / runs.TOKENIZER, tokenizer.to_str().encode())
     info = RunInfo(
         task=dataset.task,
         labels=list(dataset.labels),
         architecture=config.architecture,
-        encoder=asdict(config.encoder(len(dataset.labels), tokenizer.get_vocab_size())),
+        encoder=asdict(config.encoder(max(1, len(dataset.labels)), tokenizer.get_vocab_size())),
         options=options,
         provenance=_provenance(config, options, dataset),
     )
@@ -45,39 +56,48 @@ def prepare_run(config: TrainConfig, dataset: Dataset) -> RunInfo:
     return info
 
 
-def prepare_dataset(config: TrainConfig) -> Dataset:
-    """The data set that the options name, with the share of its training split that they ask for."""
-    dataset = load_dataset(config.dataset, config.data_dir)
-    if not 0 < config.train_share <= 1:
-        raise TrainingError(f"--train-share {config.train_share}: a share above 0 and up to 1 is needed")
-    count = len(dataset.train)
-    chosen = random.Random(config.seed).sample(range(count), max(1, round(count * config.train_share)))
-    return replace(dataset, train=dataset.train.pick(sorted(chosen)))
+def _tokenizer(config: RunConfig, dataset: Dataset) -> Tokenizer:
+    if isinstance(config, TrainConfig) and config.init_from:
+        return runs.read_tokenizer(config.init_from)
+    return learn_tokenizer(dataset.train.texts, config.tokenizer, config.vocabulary)
 
 
-def _options(config: TrainConfig) -> dict[str, Any]:
+def _options(config: RunConfig) -> dict[str, Any]:
     """The options that shape the result; where files lie does not."""
-    places = ("data_dir", "output_dir", "init_from")
-    options = {name: value for name, value in asdict(config).items() if name not in places}
-    return {**options, "initialised_from": _run_id(config.init_from)}
+    options = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
+    for place in ("data_dir", "output_dir"):
+        del options[place]
+    if isinstance(config, TrainConfig):
+        del options["init_from"]
+        options["initialised_from"] = _run_id(config.init_from)
+        options["teacher"] = [_run_id(teacher) for teacher in config.teacher]
+    return options
 
 
 def _run_id(run: Path | None) -> str | None:
-    return runs.read_info(run).provenance["run_id"] if run else None
+    return str(runs.read_info(run).provenance["run_id"]) if run else None
 
 
-def _provenance(config: TrainConfig, options: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
-    now = datetime.now(UTC)
+def _provenance(config: RunConfig, options: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
+    now, kind = datetime.now(UTC), "" if dataset.labels else f"{dataset.task}-"
     return {
-        "run_id": f"{dataset.name}-{config.architecture}-{now:%Y%m%dT%H%M%SZ}",
+        "run_id": f"{kind}{dataset.name}-{config.architecture}-{now:%Y%m%dT%H%M%SZ}",
         "started": f"{now:%Y-%m-%dT%H:%M:%SZ}",
         "dataset": dataset.name,
-        "initialised_from": options["initialised_from"],
+        "initialised_from": options.get("initialised_from"),
         "texts": {"train": len(dataset.train), "validation": len(dataset.validation)},
         "commit": _commit(),
         "seed": config.seed,
+        "machine": _machine(),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "tokenizers", "accelerate")},
     }
+
+
+def _machine() -> str:
+    """What the training's speed is a speed of."""
+    if torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
+    return f"{torch.get_num_threads()} CPU threads" if not torch.accelerator.is_available() else "GPU"
 
 
 def _commit() -> str | None:

@@ -1,15 +1,16 @@
 """A run directory: what one training leaves behind, and all that evaluation and export need.
 
-config.json         options, shape, task and labels, data, versions
+config.json         options, shape, task and labels (a pretraining has none), data, versions
 tokenizer.json      as learned from the training split
 model.safetensors   the weights with the best validation accuracy
 last.pt             the latest checkpoint: weights, optimiser, progress (tensors and numbers; no pickled objects)
-metrics.jsonl       a line per log interval and per epoch
+metrics.jsonl       a line per log interval and per validation
+teacher.safetensors what the teachers say of each training text, where there are some
 evaluation.json     what `evaluate` found
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError  # what torch.load raises; nothing is unpickled
@@ -19,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from training.architectures import ARCHITECTURES
 from training.architectures.encoder import Encoder
@@ -28,6 +30,8 @@ from training.shapes import EncoderConfig
 WEIGHTS, LAST, CONFIG, TOKENIZER, METRICS = (
     "model.safetensors", "last.pt", "config.json", "tokenizer.json", "metrics.jsonl",
 )  # fmt: skip
+HEAD = "head."
+"""How the names of the classification head's weights begin."""
 
 
 @dataclass(frozen=True)
@@ -74,20 +78,29 @@ def read_tokenizer(run: Path) -> Tokenizer:
     return Tokenizer.from_file(str(run / TOKENIZER))
 
 
-def write_weights(run: Path, model: torch.nn.Module) -> None:
-    replace(run / WEIGHTS, save({name: tensor.contiguous() for name, tensor in model.state_dict().items()}))
+def write_weights(run: Path, weights: Mapping[str, Tensor]) -> None:
+    replace(run / WEIGHTS, save({name: tensor.contiguous() for name, tensor in weights.items()}))
 
 
 def read_model(run: Path) -> Encoder:
     """The run's best weights in its architecture, ready for evaluation."""
-    return read_weights(run, read_info(run).build_model()).eval()
+    info = read_info(run)
+    if not info.labels:
+        raise TrainingError(f"{run} was pretrained and decides nothing yet: go on with train --init-from {run}")
+    return _read_weights(run, info.build_model(), {}).eval()
 
 
-def read_weights(run: Path, model: Encoder) -> Encoder:
-    """Gives a model the run's best weights; TrainingError where there are none, or of another shape."""
+def initialise(model: Encoder, labels: Sequence[str], run: Path) -> None:
+    """Gives a model another run's best weights, but for the head where that run does not decide between `labels`."""
+    new_head = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(HEAD)}
+    _read_weights(run, model, {} if read_info(run).labels == list(labels) else new_head)
+
+
+def _read_weights(run: Path, model: Encoder, instead: Mapping[str, Tensor]) -> Encoder:
+    """TrainingError where there are none, or of another shape; `instead` replaces some of them."""
     path = run / WEIGHTS
     try:
-        model.load_state_dict(load_file(path))
+        model.load_state_dict({**load_file(path), **instead})
     except FileNotFoundError as error:
         raise TrainingError(f"{path} is missing: the run has no checkpoint yet") from error
     except (SafetensorError, RuntimeError) as error:

@@ -67,6 +67,6 @@ def _learn_bpe(texts: Sequence[str], vocabulary: int) -> Tokenizer:
     return tokenizer
 
 
-def encode(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
-    """The first `max_tokens` ids of each text."""
+def encode(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int | None) -> list[list[int]]:
+    """The first `max_tokens` ids of each text; all of them where it is None."""
     return [encoding.ids[:max_tokens] for encoding in tokenizer.encode_batch_fast(list(texts))]

@@ -1,7 +1,8 @@
 """One thread, a fresh Accelerator for every test, and one trained run for all that only read it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 import pytest
 import torch
@@ -38,3 +39,24 @@ def run(easy_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = train(tiny_config(easy_dir, tmp_path_factory.mktemp("runs") / "easy", num_epochs=8))
     AcceleratorState._reset_state(reset_partial_state=True)
     return directory
+
+
+@pytest.fixture
+def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Has the loop find a request to stop after so many steps, as if a signal had come then."""
+
+    def arrange(steps: int) -> None:
+        class StopLater:
+            looked = 0
+
+            @property
+            def asked(self) -> bool:
+                self.looked += 1
+                return self.looked >= steps
+
+            def __call__(self, number: int, frame: FrameType | None) -> None:
+                raise AssertionError("no signal is sent here")
+
+        monkeypatch.setattr("training.stopping.StopRequest", StopLater)
+
+    return arrange

@@ -1,4 +1,4 @@
-"""A data set that a tiny model learns in a second, and the options of such a training."""
+"""A data set that a tiny model learns in a second, the options of such a training, and what it left behind."""
 
 import json
 import random
@@ -6,6 +6,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+from torch import Tensor
+
+from training import run as runs
 from training.config import TrainConfig
 
 LABELS = ("bad", "good")
@@ -14,6 +18,8 @@ WORDS = {
     "good": ("brilliant", "charming", "delightful", "elegant", "funny"),
 }
 FILLER = ("the", "film", "plot", "actor", "scene", "music", "was", "with", "some", "and", "a", "rather", "quite")
+
+COST = ("tokens_per_second", "seconds", "peak_memory_mb", "peak_cuda_mb")
 
 Records = list[dict[str, Any]]
 
@@ -74,6 +80,29 @@ def tiny_arguments(data_dir: Path, output_dir: Path, **changes: Any) -> list[str
 
 
 def metrics(run: Path) -> Records:
-    """The lines of `metrics.jsonl` but for the speed, which no seed decides."""
+    """The lines of `metrics.jsonl` but for speed and memory, which no seed decides."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
+    return [{name: value for name, value in line.items() if name not in COST} for line in lines]
+
+
+def best(run: Path) -> dict[str, Tensor]:
+    weights: dict[str, Tensor] = load_file(run / "model.safetensors")
+    return weights
+
+
+def last(run: Path) -> dict[str, Any]:
+    checkpoint = runs.read_checkpoint(run)
+    assert checkpoint is not None
+    return checkpoint
+
+
+def difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert difference(best(one), best(other)) <= 1e-6
+    assert difference(last(one)["model"], last(other)["model"]) <= 1e-6
+    assert last(one)["progress"] == last(other)["progress"]
+    assert metrics(one) == metrics(other)

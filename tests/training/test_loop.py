@@ -6,65 +6,21 @@ import shutil
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
-from tests.training.easy import metrics, tiny_config, write_easy
+from tests.training.easy import assert_same_run, best, difference, last, metrics, tiny_config, write_easy
 from training import run as runs
 from training.config import TrainConfig
 from training.errors import TrainingError
 from training.evaluate import evaluate
-from training.loop import StopRequest, drop_tokens, learning_rate, train
+from training.loop import learning_rate, train
+from training.objectives import drop_tokens
+from training.stopping import StopRequest
 from training.tokenizer import CLASSIFY_ID, MASK_ID, PAD_ID
-
-
-def best(run: Path) -> dict[str, Tensor]:
-    weights: dict[str, Tensor] = load_file(run / "model.safetensors")
-    return weights
-
-
-def last(run: Path) -> dict[str, Any]:
-    checkpoint = runs.read_checkpoint(run)
-    assert checkpoint is not None
-    return checkpoint
-
-
-def difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
-    assert one.keys() == other.keys()
-    return max(float((one[name] - other[name]).abs().max()) for name in one)
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    assert difference(best(one), best(other)) <= 1e-6
-    assert difference(last(one)["model"], last(other)["model"]) <= 1e-6
-    assert last(one)["progress"] == last(other)["progress"]
-    assert metrics(one) == metrics(other)
-
-
-@pytest.fixture
-def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Has the loop find a request to stop after so many steps, as if a signal had come then."""
-
-    def arrange(steps: int) -> None:
-        class StopLater:
-            looked = 0
-
-            @property
-            def asked(self) -> bool:
-                self.looked += 1
-                return self.looked >= steps
-
-            def __call__(self, number: int, frame: FrameType | None) -> None:
-                raise AssertionError("no signal is sent here")
-
-        monkeypatch.setattr("training.loop.StopRequest", StopLater)
-
-    return arrange
 
 
 def test_it_learns_an_easy_set(easy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +138,7 @@ def test_a_training_stopped_before_its_first_validation_can_be_evaluated(
 
 def test_a_second_signal_ends_at_once_but_not_the_echo_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([10.0, 10.4, 12.0])
-    monkeypatch.setattr("training.loop.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr("training.stopping.time", SimpleNamespace(monotonic=lambda: next(clock)))
     request = StopRequest()
     assert not request.asked
     request(signal.SIGINT, None)
@@ -306,5 +262,6 @@ def test_metrics_are_json_lines_with_what_a_plot_needs(run: Path) -> None:
     steps = [line["step"] for line in lines]
     assert steps == sorted(steps)
     for line in lines:
-        expected = {"validation"} if "validation" in line else {"loss", "learning_rate", "tokens_per_second"}
-        assert line.keys() == {"step", "epoch"} | expected
+        cost = {"tokens_per_second", "seconds", "peak_memory_mb"}
+        expected = {"validation"} if "validation" in line else {"loss", "learning_rate"} | cost
+        assert line.keys() - {"peak_cuda_mb"} == {"step", "epoch"} | expected

@@ -1,0 +1,53 @@
+"""What a training cost, collected from what it wrote on its way."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from training.__main__ import main
+from training.record import cost
+
+CONFIG = {
+    "task": "easy", "labels": ["bad", "good"], "architecture": "recurrent", "encoder": {},
+    "options": {"mixed_precision": "bf16"}, "provenance": {"run_id": "one", "dataset": "easy"},
+}  # fmt: skip
+
+
+def write_run(directory: Path, *lines: dict[str, object], **provenance: str) -> Path:
+    directory.mkdir()
+    config = CONFIG | {"provenance": {"run_id": "one", "dataset": "easy"} | provenance}
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return directory
+
+
+def test_a_runs_cost_is_the_sum_of_its_seconds_and_the_peak_of_its_memory(tmp_path: Path) -> None:
+    lines = [
+        {"step": step, "tokens_per_second": speed, "seconds": 1800.0, "peak_memory_mb": memory}
+        for step, speed, memory in ((50, 900, 700), (100, 1200, 800), (150, 1000, 800))
+    ]
+    found = cost(write_run(tmp_path / "run", *lines, {"step": 160, "validation": []}, machine="2 CPU threads"))
+    assert found["tokens_per_second"] == {"median": 1000, "lowest": 900, "highest": 1200}
+    assert (found["hours"], found["peak_memory_mb"], found["peak_cuda_mb"]) == (1.5, 800, None)
+    assert (found["stage"], found["machine"], found["steps"]) == ("train", "2 CPU threads", 150)
+
+
+def test_the_command_writes_a_table_and_takes_older_runs_as_well(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    older = write_run(tmp_path / "older", {"step": 50, "tokens_per_second": 900})
+    assert main(["record", str(older), str(run), "--output", str(tmp_path / "results" / "training")]) == 0
+    table = (tmp_path / "results" / "training.md").read_text()
+    first, second = (line for line in table.splitlines() if line.startswith("| train |"))
+    assert "900 (900 to 900) | - | - | - |" in first
+    assert "CPU thread" in second
+    assert table.splitlines()[-1] in capsys.readouterr().out
+    rows = json.loads((tmp_path / "results" / "training.json").read_text())["runs"]
+    assert rows[1]["peak_memory_mb"] > 50
+    assert rows[1]["hours"] > 0
+
+
+def test_a_run_without_a_measured_speed_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["record", str(write_run(tmp_path / "run"))]) == 1
+    assert f"{tmp_path / 'run'} has measured no speed" in capsys.readouterr().err

@@ -1,0 +1,59 @@
+"""What each training cost: collects speed and memory from the runs' metrics into one table."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from training import run as runs
+from training.errors import TrainingError
+
+
+def record(directories: Sequence[Path], output: Path) -> str:
+    """Writes `output`.json and `output`.md; returns the table. Hours are those of training, without validation."""
+    rows = [cost(run) for run in directories]
+    table = _table(rows)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    runs.write_json(output.with_suffix(".json"), {"runs": rows})
+    text = f"# What the trainings cost\n\nWritten by `python -m training record`.\n\n{table}\n"
+    runs.replace(output.with_suffix(".md"), text.encode())
+    return table
+
+
+def cost(run: Path) -> dict[str, Any]:
+    """One run's figures; None where an older version did not measure them."""
+    info, path = runs.read_info(run), run / runs.METRICS
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = [line for line in lines if "tokens_per_second" in line]
+    if not lines:
+        raise TrainingError(f"{run} has measured no speed: its training was too short, or has not begun")
+    speeds = [line["tokens_per_second"] for line in lines]
+    return {
+        "run": info.provenance["run_id"],
+        "stage": "train" if info.labels else "pretrain",
+        "dataset": info.provenance["dataset"],
+        "architecture": info.architecture,
+        "machine": info.provenance.get("machine"),
+        "precision": info.options["mixed_precision"],
+        "steps": lines[-1]["step"],
+        "tokens_per_second": {"median": round(median(speeds)), "lowest": min(speeds), "highest": max(speeds)},
+        "hours": sum(line["seconds"] for line in lines) / 3600 if "seconds" in lines[0] else None,
+        "peak_memory_mb": max(line.get("peak_memory_mb", 0) for line in lines) or None,
+        "peak_cuda_mb": max(line.get("peak_cuda_mb", 0) for line in lines) or None,
+    }
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    head = ("stage", "data", "architecture", "machine", "precision", "steps", "tokens/s (lowest to highest)", "hours",
+            "peak memory, MB", "peak GPU memory, MB")  # fmt: skip
+    lines = [head, tuple("---" for _ in head)]
+    for row in rows:
+        speed = row["tokens_per_second"]
+        lines.append((
+            row["stage"], row["dataset"], row["architecture"], row["machine"] or "-", row["precision"], row["steps"],
+            f"{speed['median']:,} ({speed['lowest']:,} to {speed['highest']:,})",
+            "-" if row["hours"] is None else f"{row['hours']:.2f}",
+            row["peak_memory_mb"] or "-", row["peak_cuda_mb"] or "-",
+        ))  # fmt: skip
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
