@@ -158,6 +158,16 @@ def test_a_run_with_other_options_is_not_resumed(run: Path, easy_dir: Path) -> N
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
+def test_a_run_older_than_an_option_has_its_default(run: Path, easy_dir: Path, tmp_path: Path) -> None:
+    older = shutil.copytree(run, tmp_path / "older")
+    config = json.loads((older / "config.json").read_text())
+    del config["options"]["sample_iterations"], config["options"]["teacher"]
+    (older / "config.json").write_text(json.dumps(config))
+    assert_same_run(train(tiny_config(easy_dir, older, num_epochs=8)), run)
+    with pytest.raises(TrainingError, match=r"other options \(sample_iterations\)"):
+        train(tiny_config(easy_dir, older, num_epochs=8, sample_iterations=2))
+
+
 def test_a_broken_checkpoint_is_said_in_one_line(run: Path, easy_dir: Path, tmp_path: Path) -> None:
     again = shutil.copytree(run, tmp_path / "again")
     content = (again / "last.pt").read_bytes()

@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from training import metrics
 from training.__main__ import main
 from training.record import cost
 
@@ -51,3 +53,19 @@ def test_the_command_writes_a_table_and_takes_older_runs_as_well(
 def test_a_run_without_a_measured_speed_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["record", str(write_run(tmp_path / "run"))]) == 1
     assert f"{tmp_path / 'run'} has measured no speed" in capsys.readouterr().err
+
+
+def test_the_speed_is_of_training_alone_since_it_was_last_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clock: begun at 0, paused from 4 to 104, read at 110 and at 112."""
+    clock = iter([0.0, 4.0, 104.0, 110.0, 110.0, 112.0, 112.0])
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    meter = metrics.Meter()
+    meter.tokens += 500
+    with meter.paused():
+        pass
+    first = meter.read()
+    assert (first["tokens_per_second"], first["seconds"]) == (50, 10)
+    meter.tokens += 60
+    second = meter.read()
+    assert (second["tokens_per_second"], second["seconds"]) == (30, 2)
+    assert second["peak_memory_mb"] > 50
