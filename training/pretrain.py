@@ -3,7 +3,8 @@
 Devlin et al. 2018, arXiv 1810.04805, with packed rows, and with a loss at every iteration of the recurrent model.
 """
 
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from training.loop import make_accelerator, run_loop
 from training.objectives import Objective
 from training.prepare import draw_share, prepare_run
 from training.run import RunInfo
-from training.tokenizer import MASK_ID, SPECIAL_TOKENS, encode
+from training.tokenizer import MASK_ID, SPECIAL_TOKENS, encode_whole
 
 MASKED, REPLACED = 0.8, 0.1
 """Of the tokens to be guessed; the rest stay as they are."""
@@ -70,7 +71,7 @@ class MaskedLanguage(Objective[MaskedLanguageModel]):
         self.config, self.info = config, info
         tokenizer = runs.read_tokenizer(config.output_dir)
         self.ids, self.held_out = (
-            pack(encode(tokenizer, split.texts, None), config.max_tokens)
+            pack(encode_whole(tokenizer, split.texts), config.max_tokens)
             for split in (dataset.train, dataset.validation)
         )
 
@@ -110,9 +111,11 @@ class MaskedLanguage(Objective[MaskedLanguageModel]):
         return logits_RNV, ids_BL[chosen_BL].to(device)
 
 
-def pack(texts: Sequence[Sequence[int]], length: int) -> list[list[int]]:
+def pack(texts: Iterable[Sequence[int]], length: int) -> list[Sequence[int]]:
     """One text after another, cut into rows of `length`: nothing is left out, and only the last row may be shorter."""
-    stream = [token for ids in texts for token in ids]
+    stream = array("i")  # four bytes a token, where a list takes 36
+    for ids in texts:
+        stream.extend(ids)
     return [stream[start : start + length] for start in range(0, len(stream), length)]
 
 

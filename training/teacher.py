@@ -6,12 +6,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
+from tqdm import tqdm
 
 from training import run as runs
 from training.errors import TrainingError
 from training.evaluate import predict
 
 LOGITS = "teacher.safetensors"
+BLOCK = 5000
 
 
 def check_teachers(teachers: Sequence[Path], labels: Sequence[str]) -> None:
@@ -23,18 +25,21 @@ def check_teachers(teachers: Sequence[Path], labels: Sequence[str]) -> None:
 
 
 def teach(teachers: Sequence[Path], texts: Sequence[str], run: Path, device: torch.device) -> Tensor | None:
-    """The teachers' logits for every text, (N, C) float32, their mean; None without a teacher."""
+    """The mean of the teachers' logits for every text, (N, C) float32; None without a teacher.
+
+    Kept after every few thousand texts, so that one who is interrupted goes on from there.
+    """
     if not teachers:
         return None
     path = run / LOGITS
-    if not path.exists():
-        logits_NC = torch.stack([_logits(teacher, texts, device) for teacher in teachers]).mean(0)
-        runs.replace(path, save({"logits": logits_NC}))
-    taught_NC: Tensor = load_file(path)["logits"]
-    return taught_NC
-
-
-def _logits(teacher: Path, texts: Sequence[str], device: torch.device) -> Tensor:
-    """Its last iteration's, which is its best answer."""
-    model = runs.read_model(teacher).to(device)
-    return predict(model, runs.read_tokenizer(teacher), texts, model.config.max_tokens)[-1]
+    blocks_NC = [load_file(path)["logits"]] if path.exists() else []
+    known = sum(map(len, blocks_NC))
+    missing = range(known, len(texts), BLOCK)
+    taught = [(runs.read_model(teacher).to(device), runs.read_tokenizer(teacher)) for teacher in teachers if missing]
+    for start in tqdm(missing, desc="teacher", unit=f"{BLOCK} texts", disable=not missing):
+        block = texts[start : start + BLOCK]
+        # The last iteration is a teacher's best answer.
+        said = [predict(model, tokenizer, block, model.config.max_tokens)[-1] for model, tokenizer in taught]
+        blocks_NC.append(torch.stack(said).mean(0))
+        runs.replace(path, save({"logits": torch.cat(blocks_NC)}))
+    return torch.cat(blocks_NC)

@@ -1,6 +1,6 @@
 """Learns the tokenizer from the training texts; it is saved as one `tokenizer.json` and served as it is."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 PAD, UNKNOWN, CLASSIFY, MASK = "[PAD]", "[UNK]", "[CLS]", "[MASK]"
 SPECIAL_TOKENS = [PAD, UNKNOWN, CLASSIFY, MASK]
 PAD_ID, CLASSIFY_ID, MASK_ID = 0, 2, 3
+ENCODED_AT_ONCE = 1000
 
 TokenizerKind = Literal["wordpiece", "bpe"]
 
@@ -67,6 +68,13 @@ def _learn_bpe(texts: Sequence[str], vocabulary: int) -> Tokenizer:
     return tokenizer
 
 
-def encode(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int | None) -> list[list[int]]:
-    """The first `max_tokens` ids of each text; all of them where it is None."""
-    return [encoding.ids[:max_tokens] for encoding in tokenizer.encode_batch_fast(list(texts))]
+def encode(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
+    """The first `max_tokens` ids of each text."""
+    return [ids[:max_tokens] for ids in encode_whole(tokenizer, texts)]
+
+
+def encode_whole(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[list[int]]:
+    """All ids of each text, some texts at a time: the library's encodings take a hundred bytes a token."""
+    for start in range(0, len(texts), ENCODED_AT_ONCE):
+        for encoding in tokenizer.encode_batch_fast(list(texts[start : start + ENCODED_AT_ONCE])):
+            yield encoding.ids

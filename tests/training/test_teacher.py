@@ -1,14 +1,18 @@
 """Distillation: the loss is the published one, and a student learns what only its teacher knows."""
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 
 from tests.training.easy import assert_same_run, easy_records, metrics, tiny_config, write_easy, write_jsonl
 from training import run as runs
+from training import teacher
+from training.architectures.encoder import Encoder
 from training.errors import TrainingError
 from training.evaluate import predict
 from training.loop import train
@@ -72,6 +76,29 @@ def test_several_teachers_are_averaged_and_asked_once(
     whole = train(tiny_config(easy_dir, tmp_path / "whole", teacher=(run, other), num_epochs=1))
     (other / "model.safetensors").unlink()
     assert_same_run(train(config), whole)
+
+
+def test_teaching_goes_on_where_it_was_interrupted(
+    run: Path, easy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teacher, "BLOCK", 16)
+    asked: list[int] = []
+
+    def tire(model: Encoder, tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int) -> torch.Tensor:
+        if len(asked) == 2:
+            asked.append(0)
+            raise KeyboardInterrupt
+        asked.append(len(texts))
+        return predict(model, tokenizer, texts, max_tokens)
+
+    monkeypatch.setattr(teacher, "predict", tire)
+    texts = [record["text"] for record in easy_records(60)]
+    with pytest.raises(KeyboardInterrupt):
+        teacher.teach([run], texts, tmp_path, torch.device("cpu"))
+    taught_NC = teacher.teach([run], texts, tmp_path, torch.device("cpu"))
+    assert asked == [16, 16, 0, 16, 12]
+    said_NC = predict(runs.read_model(run), runs.read_tokenizer(run), texts, 16)[-1]
+    torch.testing.assert_close(taught_NC, said_NC)
 
 
 def test_a_teacher_of_another_task_is_refused_before_anything_is_written(

@@ -80,3 +80,10 @@ def test_the_same_texts_give_the_same_tokenizer_in_every_process(kind: Tokenizer
     command = [sys.executable, "-c", LEARN.format(kind=kind)]
     there = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=environment)
     assert there.stdout.strip() == here
+
+
+def test_many_texts_are_encoded_as_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.tokenizer.ENCODED_AT_ONCE", 7)
+    texts = [record["text"] for record in easy_records(30)]
+    learned = learn_tokenizer(texts, "wordpiece", 300)
+    assert encode(learned, texts, 9) == [learned.encode(text).ids[:9] for text in texts]
