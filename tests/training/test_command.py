@@ -50,7 +50,8 @@ def free_port() -> int:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["train", "--help"], ["evaluate", "--help"], ["experiments", "--help"]]
+    "arguments",
+    [["--help"], *([name, "--help"] for name in ("pretrain", "train", "evaluate", "record", "experiments"))],
 )
 def test_help_does_not_wait_for_torch(arguments: list[str]) -> None:
     code = (
