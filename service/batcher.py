@@ -21,8 +21,8 @@ from service.errors import DeadlineExceeded, Draining, EngineDown, InferenceFail
 from service.jobs import CALL_TOKENS, MEMORY, Answer, Exit, Job, Pace, Pool, Result, Text, Waiting
 from service.scheduling import choose_batch, cut_short
 
-LOOKAHEAD = 256
-"""How many of the oldest texts are considered for a turn."""
+LOOKAHEAD, SHORT = 256, 4
+"""The oldest texts are considered for a turn: at most so many, and no more than fit it if each had `SHORT` tokens."""
 
 BACKGROUND_PART = 4
 """A batch in the background is that many times smaller."""
@@ -75,6 +75,7 @@ class Batcher:
         """
         self._engine, self._thread, self._limits, self._observer = engine, thread, limits, observer
         self._temperatures = temperatures
+        self._lookahead = min(LOOKAHEAD, max(1, limits.batch_tokens // SHORT))
         self._changed = thread.changed  # guards the pools and the flags below
         self._foreground, self._background = Pool(), Pool()
         self._arrivals = 0
@@ -105,18 +106,25 @@ class Batcher:
             self._refuse(Draining)
         self._thread.remove(self)
 
-    def check_room(self, texts: int, tokens: int, deadline: float) -> None:
+    def check_room(self, texts: int, tokens: int, deadline: float, *, ahead: int = 0) -> None:
         """QueueFull where that many do not fit now, with the seconds after which they should.
 
-        Nor does anything where what waits would take longer than the queue may, or half of the time that is left.
+        Nor does anything where what waits would take longer than the queue may, or half of the time that is left; texts
+        that are `ahead`, and will be submitted first, count as waiting.
         """
+        if (seconds := self.seconds_to_room(texts, tokens, deadline, ahead)) is not None:
+            raise QueueFull(seconds)
+
+    def seconds_to_room(self, texts: int, tokens: int, deadline: float, ahead: int) -> float | None:
+        """What check_room says in an error; None: there is room."""
         limits = self._limits
         patience = max(0.0, min(limits.queue_seconds, (deadline - time.monotonic()) / 2))
-        excess_texts = len(self._foreground.texts) + texts - limits.queue_texts
+        excess_texts = len(self._foreground.texts) + ahead + texts - limits.queue_texts
         excess_tokens = self._foreground.tokens + tokens - limits.queue_tokens
-        excess_seconds = self.backlog_seconds - patience
-        if excess_texts > 0 or excess_tokens > 0 or excess_seconds > 0:
-            raise QueueFull(max(excess_seconds, self._pace.seconds(admitted=excess_tokens, texts=excess_texts)))
+        excess_seconds = self.backlog_seconds + self._pace.seconds(texts=ahead) - patience
+        if excess_texts <= 0 and excess_tokens <= 0 and excess_seconds <= 0:
+            return None
+        return max(excess_seconds, self._pace.seconds(admitted=excess_tokens, texts=excess_texts))
 
     def submit(self, texts: Sequence[Text], deadline: float, *, background: bool = False) -> Job:
         """Queues all the texts or none; `deadline` is on the clock of `time.monotonic`.
@@ -134,7 +142,7 @@ class Batcher:
                 raise Draining
             if not background:
                 self.check_room(len(texts), sum(len(text.ids) for text in texts), deadline)
-            elif len(pool.texts) + len(texts) > LOOKAHEAD:
+            elif len(pool.texts) + len(texts) > self._lookahead:
                 raise QueueFull(self.backlog_seconds)
             if not self._foreground.texts:
                 self._pace.starts(now)
@@ -150,7 +158,7 @@ class Batcher:
     def candidates(self, *, background: bool) -> Sequence[Waiting]:
         """The oldest texts that wait."""
         pool = self._background if background else self._foreground
-        return list(islice(pool.texts.values(), LOOKAHEAD))
+        return list(islice(pool.texts.values(), self._lookahead))
 
     def run(self, leader: Waiting, candidates: Sequence[Waiting]) -> None:
         """Takes one iteration of the leader and of those that fit it; answers those who are done."""

@@ -8,16 +8,21 @@ import resource
 import time
 import uuid
 from collections.abc import Callable, Iterable
-from http import HTTPStatus
 from typing import Any, cast
 
 import httptools
 import structlog
-from starlette.responses import Response
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from service.early_refusals import EarlyRefusal, EarlyRefusals
-from service.errors import HeadersTooLarge, HeadersTooSlow, InvalidHTTP, RefrainError, TooManyConnections
+from service.early_refusals import EarlyRefusals
+from service.errors import (
+    HeadersTooLarge,
+    HeadersTooSlow,
+    InvalidHTTP,
+    QueueFull,
+    RefrainError,
+    TooManyConnections,
+)
 from service.front import OPEN_PATHS
 from service.logs import Call, write_call
 from service.problems import problem_response
@@ -66,8 +71,7 @@ class Connection(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self.headers = []
         self._refusals = refusals
-        self._refusal: EarlyRefusal | None = None  # of the request whose body is being read
-        self._held = b""  # what has come of that body
+        self._held: bytes | None = None  # what has come of a body that decides whether its request is let through
         self._within = False  # a request has begun to come, and not ended
         self._metrics = runtime.metrics
         self._seconds = runtime.settings.client_seconds
@@ -144,8 +148,8 @@ class Connection(HttpToolsProtocol):
             raise InvalidHTTP(f"At most {PIPELINED} requests may wait on one connection.")
         self._unplaced, self._until = 0, math.inf
         if self.parser.get_method() == b"POST" and self.url == b"/classify" and self._answered():
-            self._refusal = self._refusals.find(self.headers)
-        if self._refusal is None:
+            self._held = b"" if self._refusals.may_come(self.headers) else None
+        if self._held is None:
             self._begin()
 
     def _begin(self) -> None:
@@ -157,7 +161,7 @@ class Connection(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         """Take a part of the body."""
         self._unplaced = 0
-        if self._refusal is None:
+        if self._held is None:
             super().on_body(body)
         else:
             self._held += body
@@ -167,19 +171,18 @@ class Connection(HttpToolsProtocol):
         if self.parser.should_upgrade():
             return
         self._within = False
-        refusal, body = self._refusal, self._held
-        self._refusal, self._held = None, b""
-        if refusal is not None and self._refusals.stands(body):
-            self._refuse_early(refusal)
-            return
-        if refusal is not None:
+        body, self._held = self._held, None
+        if body is not None:
+            if refusal := self._refusals.find(self.headers, body):
+                self._refuse_early(refusal)
+                return
             self._begin()
             super().on_body(body)
         super().on_message_complete()
 
-    def _refuse_early(self, refusal: EarlyRefusal) -> None:
+    def _refuse_early(self, refusal: bytes) -> None:
         keeps = self.parser.get_http_version() == "1.1" and self.parser.should_keep_alive()
-        self._write(self._refusals.answer(refusal), refusal.call, closes=not keeps)
+        self._write(QueueFull.status, [] if keeps else [(b"connection", b"close")], refusal)
         self.headers = []
         if keeps:
             super().on_response_complete()
@@ -246,16 +249,15 @@ class Connection(HttpToolsProtocol):
         if not self._answered():  # the broken request itself: the app sees its client leave
             cycle.disconnected = True
             cycle.message_event.set()
-        self._write(response, call)
+        headers = [*response.raw_headers, (b"x-request-id", call.id.encode())]
+        self._write(call.code, headers, b"\r\n" + bytes(response.body))
         self._end()
 
-    def _write(self, response: Response, call: Call, *, closes: bool = False) -> None:
-        """Write an answer that no app gave; one that `closes` says so here, unless it does by itself."""
-        headers = [*self.server_state.default_headers, *response.raw_headers, (b"x-request-id", call.id.encode())]
-        lines = [b"HTTP/1.1 %d %s" % (call.code, HTTPStatus(call.code).phrase.encode())]
-        lines += [name + b": " + value for name, value in headers]
-        lines += [b"connection: close"] * closes
-        self.transport.write(b"\r\n".join([*lines, b"", bytes(response.body)]))
+    def _write(self, status: int, headers: Iterable[tuple[bytes, bytes]], rest: bytes) -> None:
+        """Write an answer that no app gave."""
+        headers = [*self.server_state.default_headers, *headers]
+        lines = b"".join(name + b": " + value + b"\r\n" for name, value in headers)
+        self.transport.write(STATUS_LINE[status] + lines + rest)
 
     def _end(self) -> None:
         """Close, but let a client that is still sending stop first: closed at once, its answer is lost in a reset."""

@@ -1,72 +1,84 @@
-"""Saying no from a request's head alone while there is no room, so that saying no does not eat what answers need."""
+"""Saying no before anything is done while a queue is full, so that saying no does not eat what answers need."""
 
 from __future__ import annotations
 
+import asyncio
+import math
 import time
 from collections import Counter
-from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
 
 import structlog
 from starlette.datastructures import Headers
-from starlette.responses import Response
 
 from service.errors import QueueFull, RefrainError
-from service.front import ApiKeys, request_id
+from service.front import SANE_ID, ApiKeys, new_id
 from service.logs import Call
 from service.problems import problem_response
 from service.runtime import Runtime
+from service.schemas import parse_request
+
+if TYPE_CHECKING:
+    from prometheus_client import Counter as Count
 
 LARGEST_BODY = 16_384  # bytes; a larger one goes the long way
-CHOOSES = (b'"task"', b'"architecture"', b'"routing_key"')  # fields that may lead to a model with room
+LONG_WAY = frozenset({b"expect", b"content-encoding"})  # as does a request with one of these headers
+DECIDING = (b'"task"', b'"architecture"', b'"routing_key"', b'"deadline_ms"')  # whether there is room
+CROWDED_SECONDS = 0.02  # a queue that was full is looked at again, for each request that may be refused
+ID = b"0" * 32
 
-
-@dataclass(frozen=True, slots=True)
-class EarlyRefusal:
-    """What a request is told unless its body chooses another model than the full one."""
-
-    error: QueueFull
-    call: Call
+RawHeaders = list[tuple[bytes, bytes]]
 
 
 class EarlyRefusals:
-    """The refusals of one process: counted one by one as all are, but told to the log once a second."""
+    """The refusals of one process: counted one by one as all are, but told to the log once a second.
+
+    Whatever else may be wrong with a request is said on the long way, through the application. All of this is done for
+    each request of an overload, so it is kept short: half of what a refusal costs is saved answers.
+    """
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._keys = ApiKeys(runtime.settings.api_keys)
         self._longest = runtime.settings.deadline_ms / 1000
+        self._crowded_until = 0.0
+        self._ahead = 0  # let through in this turn of the event loop, and not yet in a queue
         self._untold: Counter[tuple[str, str]] = Counter()
+        self._count = cache(self._children)
 
-    def find(self, raw_headers: list[tuple[bytes, bytes]]) -> EarlyRefusal | None:
-        """What POST /classify with this head is to be told; None: it goes the long way, where all else is said."""
-        headers = Headers(raw=raw_headers)
-        length = headers.get("content-length", "")
-        if not length.isdecimal() or int(length) > LARGEST_BODY or "expect" in headers or not self._keys.admit(headers):
-            return None
-        now = time.monotonic()
-        call = Call(request_id(headers), "POST", "/classify", now, code=QueueFull.status)
+    def may_come(self, raw_headers: RawHeaders) -> bool:
+        """Whether POST /classify with this head may be refused once its body is there; else it is let through."""
+        if self._is_crowded() and self._is_plain(raw_headers):
+            return True
+        self._let_through()
+        return False
+
+    def find(self, raw_headers: RawHeaders, body: bytes) -> bytes | None:
+        """Refuse POST /classify, counted, in the bytes of an answer but for the status line and the headers that every
+        answer has; None: it is let through.
+        """
+        call = Call("", "POST", "/classify", time.monotonic(), code=QueueFull.status)
+        task = architecture = routing_key = None
+        longest = self._longest
         try:
-            self._runtime.check_open()
-            model = self._runtime.choose(None, None, call.id, None).first
-            model.batcher.check_room(1, 1, now + self._longest)
-        except QueueFull as error:
-            call.architecture, call.task = model.metric_labels
-            return EarlyRefusal(error, call)
+            if any(field in body for field in DECIDING):
+                asked = parse_request(body)
+                task, architecture, routing_key = asked.task, asked.architecture, asked.routing_key
+                longest = min(longest, (asked.deadline_ms or math.inf) / 1000)
+            call.id = _offered_id(raw_headers) or new_id()
+            model = self._runtime.choose(task, architecture, call.id, routing_key).first
+            seconds = model.batcher.seconds_to_room(1, 1, call.started + longest, self._ahead)
         except RefrainError:
+            seconds = None
+        if seconds is None:
+            self._let_through()
             return None
-        return None
-
-    def stands(self, body: bytes) -> bool:
-        """Whether a request is refused now that its body is there: not where it chooses who is to answer."""
-        return not any(field in body for field in CHOOSES)
-
-    def answer(self, refusal: EarlyRefusal) -> Response:
-        """Count a refusal, and put it into words."""
-        labels = refusal.call.architecture or "", refusal.call.task or ""
-        self._runtime.metrics.requests.labels(str(QueueFull.status), *labels).inc()
-        self._runtime.metrics.rejected.labels(QueueFull.code).inc()
+        labels = model.metric_labels
         self._untold[labels] += 1
-        return problem_response(refusal.error, refusal.call)
+        for count in self._count(labels):
+            count.inc()
+        return _answer(math.ceil(seconds), call)
 
     def tell(self) -> None:
         """Log how many were refused since it was last told."""
@@ -80,3 +92,60 @@ class EarlyRefusals:
                 task=task,
             )
         self._untold.clear()
+
+    def _children(self, labels: tuple[str, str]) -> tuple[Count, Count]:
+        metrics = self._runtime.metrics
+        return metrics.requests.labels(str(QueueFull.status), *labels), metrics.rejected.labels(QueueFull.code)
+
+    def _is_crowded(self) -> bool:
+        now = time.monotonic()
+        if self._runtime.phase != "ready":
+            return False
+        if now >= self._crowded_until and self._is_any_full(now):
+            self._crowded_until = now + CROWDED_SECONDS
+        return now < self._crowded_until
+
+    def _is_any_full(self, now: float) -> bool:
+        models = self._runtime.serving.models.values()
+        deadline = now + self._longest
+        return any(model.batcher.seconds_to_room(1, 1, deadline, self._ahead) is not None for model in models)
+
+    def _is_plain(self, raw_headers: RawHeaders) -> bool:
+        headers = dict(raw_headers)
+        length = headers.get(b"content-length", b"")
+        small = length.isdigit() and int(length) <= LARGEST_BODY
+        return small and LONG_WAY.isdisjoint(headers) and self._keys.admit(Headers(raw=raw_headers))
+
+    def _let_through(self) -> None:
+        self._ahead += 1
+        asyncio.get_running_loop().call_soon(self._arrived)  # just before the request's own first step
+
+    def _arrived(self) -> None:
+        self._ahead -= 1
+
+
+def _offered_id(raw_headers: RawHeaders) -> str:
+    """The caller's id if it is sane, else nothing."""
+    for name, value in raw_headers:
+        if name == b"x-request-id":
+            offered = value.decode("latin-1")
+            return offered if SANE_ID.fullmatch(offered) else ""
+    return ""
+
+
+def _answer(retry_after: int, call: Call) -> bytes:
+    if len(call.id) == len(ID) and call.id.isalnum():
+        return _written(retry_after).replace(ID, call.id.encode())
+    return _write(retry_after, call)
+
+
+@cache
+def _written(retry_after: int) -> bytes:
+    """A refusal with a request's id yet to be put in. There are as many as a queue's bound has seconds."""
+    return _write(retry_after, Call(ID.decode(), "POST", "/classify", 0.0))
+
+
+def _write(retry_after: int, call: Call) -> bytes:
+    response = problem_response(QueueFull(retry_after), call)
+    headers = [*response.raw_headers, (b"x-request-id", call.id.encode())]
+    return b"\r\n".join([*(name + b": " + value for name, value in headers), b"", bytes(response.body)])

@@ -108,4 +108,9 @@ class Front:
 def request_id(headers: Headers) -> str:
     """Take the caller's id if it is sane, short printable ASCII, else make one."""
     offered = headers.get("x-request-id", "")
-    return offered if SANE_ID.fullmatch(offered) else f"{_IDS.getrandbits(128):032x}"
+    return offered if SANE_ID.fullmatch(offered) else new_id()
+
+
+def new_id() -> str:
+    """Make an id for a request: 32 hexadecimal digits."""
+    return f"{_IDS.getrandbits(128):032x}"
