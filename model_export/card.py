@@ -102,7 +102,8 @@ def _training(manifest: Manifest) -> list[str]:
     card, training = manifest.card, manifest.training
     texts = ", ".join(f"{count:,} texts for {split}" for split, count in training.texts.items())
     begun = f"; begun from run {training.initialised_from}" if training.initialised_from else ""
-    recipe = ", ".join(f"{name} {value}" for name, value in card.recipe.items() if value is not None)
+    told = {name: ", ".join(value) if isinstance(value, list) else value for name, value in card.recipe.items()}
+    recipe = ", ".join(f"{name} {value}" for name, value in told.items() if value not in (None, ""))
     return [
         f"Run {training.run_id}, commit {training.commit}, seed {training.seed}, data set `{training.dataset}`: "
         f"{texts}{begun}. Training texts have {card.lengths.median} tokens in the median, 95 % have at most "

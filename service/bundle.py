@@ -127,7 +127,7 @@ class Card(_Strict):
 
     data: list[Origin]
     """empty where the data set is one's own"""
-    recipe: dict[str, str | int | float | bool | None]
+    recipe: dict[str, str | int | float | bool | list[str] | None]
     """the training's options"""
     lengths: Lengths
     weakest: list[Weakness]

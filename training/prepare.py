@@ -32,10 +32,12 @@ def draw_share(dataset: Dataset, config: RunConfig) -> Dataset:
 
 def prepare_run(config: RunConfig, dataset: Dataset) -> RunInfo:
     """A new run directory, or the one that stands there if its options are the same."""
-    directory, options = config.output_dir, _options(config)
+    directory, options = config.output_dir, recorded_options(config)
     if (directory / runs.CONFIG).exists():
         info = runs.read_info(directory)
-        before = _options(type(config)()) | info.options  # a run may be older than an option, which it left alone
+        before = (
+            recorded_options(type(config)()) | info.options
+        )  # a run may be older than an option, which it left alone
         if changed := [name for name, value in options.items() if before[name] != value]:
             raise TrainingError(
                 f"{directory} holds a run with other options ({', '.join(changed)}): choose another --output-dir"
@@ -62,8 +64,8 @@ def _tokenizer(config: RunConfig, dataset: Dataset) -> Tokenizer:
     return learn_tokenizer(dataset.train.texts, config.tokenizer, config.vocabulary)
 
 
-def _options(config: RunConfig) -> dict[str, Any]:
-    """The options that shape the result; where files lie does not."""
+def recorded_options(config: RunConfig) -> dict[str, Any]:
+    """The options as a run keeps them: those that shape the result; where files lie does not."""
     options = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
     for place in ("data_dir", "output_dir"):
         del options[place]

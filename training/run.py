@@ -85,9 +85,14 @@ def write_weights(run: Path, weights: Mapping[str, Tensor]) -> None:
 def read_model(run: Path) -> Encoder:
     """The run's best weights in its architecture, ready for evaluation."""
     info = read_info(run)
+    check_decides(run, info)
+    return _read_weights(run, info.build_model(), {}).eval()
+
+
+def check_decides(run: Path, info: RunInfo) -> None:
+    """Raise TrainingError for a run that was only pretrained."""
     if not info.labels:
         raise TrainingError(f"{run} was pretrained and decides nothing yet: go on with train --init-from {run}")
-    return _read_weights(run, info.build_model(), {}).eval()
 
 
 def initialise(model: Encoder, labels: Sequence[str], run: Path) -> None:

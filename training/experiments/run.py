@@ -5,7 +5,7 @@ import signal
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from training.experiments.gather import Finished, of_precisions, of_tests
 from training.experiments.options import ExperimentsConfig
 from training.experiments.report import write_report
 from training.experiments.selections import SELECTIONS, write_selection
+from training.prepare import recorded_options
 
 FIGURES, LOG, MANIFEST = "figures.json", "log.txt", "manifest.json"
 QUICK: Mapping[str, Any] = {
@@ -128,7 +129,7 @@ def _arguments(options: TrainConfig) -> list[str]:
 
 def _check_same(options: TrainConfig) -> None:
     """TrainingError where the run that stands there was trained in another way."""
-    there, wanted = runs.read_info(options.output_dir).options, asdict(options)
+    there, wanted = runs.read_info(options.output_dir).options, recorded_options(options)
     changed = [name for name, value in there.items() if name in wanted and wanted[name] != value]
     if changed:
         raise TrainingError(
@@ -138,8 +139,7 @@ def _check_same(options: TrainConfig) -> None:
 
 def _recipe(options: TrainConfig) -> dict[str, Any]:
     """What a reader needs to repeat the training; where files lie is his own affair."""
-    places = ("data_dir", "output_dir", "init_from")
-    return {name: value for name, value in asdict(options).items() if name not in places and value is not None}
+    return {name: value for name, value in recorded_options(options).items() if value not in (None, [])}
 
 
 def _evaluate(config: ExperimentsConfig, run: Path, test: Exam, seed: int) -> dict[str, Any]:
