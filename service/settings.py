@@ -99,7 +99,7 @@ class Settings(BaseSettings):
         default=131_072, ge=1, description="Most tokens waiting for one model in one process; more get 429."
     )
     max_queue_ms: int = Field(
-        default=500, gt=0, description="Longest that what waits for one model may take, as measured; more get 429."
+        default=1_000, gt=0, description="Longest that what waits for one model may take, as measured; more get 429."
     )
     brown_out_ms: int = Field(
         default=200,

@@ -31,6 +31,8 @@ GIVE_UP_SECONDS = 15.0
 MAX_CONNECTIONS = 8192
 """Of open arrivals: more than the service lets wait."""
 _RETRY_SECONDS = 0.1
+_BEHIND = 32
+"""Requests sent without a look at what has come, where more are overdue."""
 _RESULT = re.compile(rb'"label":\s*"([^"]*)",\s*"score":\s*([-+.\deE]+)')
 _CODE = re.compile(rb'"code":\s*"([a-z_]+)"')
 
@@ -229,10 +231,11 @@ class Open:
 
     async def arrive(self) -> None:
         """Sends each request when it is due, which is also when its latency starts."""
-        for seconds in self._due:
+        for number, seconds in enumerate(self._due):
             began = self._load.begin + seconds
-            if (wait := began - time.perf_counter()) > 0:
-                await asyncio.sleep(wait)
+            wait = began - time.perf_counter()
+            if wait > 0 or number % _BEHIND == 0:  # one that is behind must hear answers too
+                await asyncio.sleep(max(0.0, wait))
             self._send(began)
 
     def _send(self, began: float) -> None:
@@ -240,7 +243,7 @@ class Open:
             connection = self._free.popleft()
             if not connection.closed:
                 return connection.send(self._traffic, began)
-        if len(self.connections) >= MAX_CONNECTIONS:
+        if len(self.connections) + len(self._tasks) >= MAX_CONNECTIONS:
             return self._traffic.recording.add(began, 0.0, f"not sent: all {MAX_CONNECTIONS} connections were busy")
         task = asyncio.get_running_loop().create_task(self._send_on_another(began))
         self._tasks.add(task)

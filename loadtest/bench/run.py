@@ -16,6 +16,7 @@ from loadtest.bench.options import BenchOptions
 from loadtest.bench.overload import Overload
 from loadtest.bench.processes import Memory
 from loadtest.bench.subject import ARCHITECTURE, Samples, Target, answer, find_model, load_samples
+from loadtest.errors import LoadTestError
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,10 @@ def run(options: BenchOptions, folder: Path) -> Results:
             results.measured.append(cells.measure(cell, number, targets[ARCHITECTURE[cell.mode]], options, folder))
         if options.overload:
             first = options.modes[0]
-            results.overload = overload.measure(first, targets[ARCHITECTURE[first]], options, folder)
+            try:
+                results.overload = overload.measure(first, targets[ARCHITECTURE[first]], options, folder)
+            except LoadTestError as error:  # what was measured before is kept
+                results.faults.append(f"overload: {error}")
         results.footprints = {name: _footprint(one) for name, one in targets.items()}
     return results
 
