@@ -34,6 +34,29 @@ def test_docker_compose_accepts_the_file() -> None:
     assert outcome.returncode == 0, outcome.stderr
 
 
+def test_the_gpu_s_override_changes_the_build_the_provider_and_the_device_and_nothing_else() -> None:
+    if not (program := shutil.which("docker-compose")):
+        pytest.skip("docker-compose is not installed")
+    files = ("--file", "docker-compose.yml"), ("--file", "docker-compose.gpu.yml")
+
+    def config(*chosen: str) -> dict[str, Any]:
+        outcome = subprocess.run(
+            [program, *chosen, "config"], cwd=ROOT, check=True, capture_output=True, text=True, timeout=60
+        )
+        merged: dict[str, Any] = yaml.safe_load(outcome.stdout)["services"]["service"]
+        return merged
+
+    plain, gpu = config(*files[0]), config(*files[0], *files[1])
+    assert gpu["build"].pop("args") == {"ACCELERATOR": "gpu"}
+    assert "ARG ACCELERATOR" in (ROOT / "Dockerfile").read_text()
+    assert gpu["environment"].pop("REFRAIN_PROVIDER") == "cuda"
+    (device,) = gpu.pop("deploy")["resources"]["reservations"]["devices"]
+    assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
+    assert gpu.pop("image") != plain.pop("image")
+    assert gpu.pop("mem_limit") != plain.pop("mem_limit")
+    assert gpu == plain
+
+
 @every_service
 def test_ports_are_published_on_loopback_only(name: str) -> None:
     for port in SERVICES[name].get("ports", []):
