@@ -34,8 +34,8 @@ RawHeaders = list[tuple[bytes, bytes]]
 class EarlyRefusals:
     """The refusals of one process: counted one by one as all are, but told to the log once a second.
 
-    Whatever else may be wrong with a request is said on the long way, through the application. What is done here is done
-    for each request of an overload, at the cost of answers, so it is kept short.
+    Whatever else may be wrong with a request is said on the long way, through the application. What is done here is
+    done for each request of an overload, at the cost of answers, so it is kept short.
     """
 
     def __init__(self, runtime: Runtime) -> None:
