@@ -7,8 +7,9 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from loadtest import target, texts
-from loadtest.bench import client, processes, workers
+from loadtest.bench import client, probes, processes, workers
 from loadtest.bench.options import BenchOptions, ModeName
+from loadtest.bench.probes import Probes
 from loadtest.bench.subject import RAW, Answered, Target
 from loadtest.recording import Recording, percentiles
 from loadtest.target import Metrics
@@ -156,6 +157,7 @@ class Seen:
     per_second: list[int]
     service_cpu_seconds: list[float]
     memory: list[tuple[float, processes.Memory]]
+    probes: Probes
 
     @property
     def answered(self) -> int:
@@ -164,7 +166,7 @@ class Seen:
 
     @property
     def failures(self) -> dict[str, int]:
-        together: dict[str, int] = {}
+        together: dict[str, int] = dict(self.probes.failures)
         for recording in self.recordings:
             for reason, count in recording.failures.items():
                 together[reason] = together.get(reason, 0) + count
@@ -194,11 +196,11 @@ def drive(
         "seed": options.seed,
     }
     allowed = options.warmup + lasts + client.GIVE_UP_SECONDS + _SLACK_SECONDS
-    with processes.watched(subject.pid) as watch:
+    with processes.watched(subject.pid) as watch, probes.asked(subject.url) as asked:
         (found,) = workers.run(CLIENT, [job], seconds=allowed, log=log)
     subject.peak = subject.peak.or_larger(watch.peak)
     recordings = [Recording(**one) for one in found.pop("recordings")]
-    return Seen(recordings=recordings, memory=watch.samples, **found)
+    return Seen(recordings=recordings, memory=watch.samples, probes=asked, **found)
 
 
 def load_figures(seen: Seen, list_size: int) -> dict[str, float]:
@@ -210,6 +212,8 @@ def load_figures(seen: Seen, list_size: int) -> dict[str, float]:
         "busiest_process_cores": max(seen.service_cpu_seconds, default=0.0) / seen.seconds,
         "generator_cores": generator.generator_cores,
     }
+    if seen.probes.slowest is not None:
+        figures["slowest_probe_ms"] = seen.probes.slowest
     if seen.answered:
         rate = seen.answered / seen.seconds
         figures |= {"requests_per_second": rate, "texts_per_second": rate * list_size}

@@ -31,6 +31,8 @@ GIVE_UP_SECONDS = 15.0
 MAX_CONNECTIONS = 8192
 """Of open arrivals: more than the service lets wait."""
 _RETRY_SECONDS = 0.1
+_TICK_SECONDS = 0.002
+"""Between two looks at what is due: a look at each arrival costs the cores that the service runs on."""
 _BEHIND = 32
 """Requests sent without a look at what has come, where more are overdue."""
 _RESULT = re.compile(rb'"label":\s*"([^"]*)",\s*"score":\s*([-+.\deE]+)')
@@ -230,12 +232,14 @@ class Open:
             self._free.append(connection)
 
     async def arrive(self) -> None:
-        """Sends each request when it is due, which is also when its latency starts."""
+        """Sends each request once it is due, which is when its latency starts."""
         for number, seconds in enumerate(self._due):
             began = self._load.begin + seconds
             wait = began - time.perf_counter()
-            if wait > 0 or number % _BEHIND == 0:  # one that is behind must hear answers too
-                await asyncio.sleep(max(0.0, wait))
+            if wait > 0:
+                await asyncio.sleep(max(wait, _TICK_SECONDS))
+            elif number % _BEHIND == 0:  # one that is behind must hear answers too
+                await asyncio.sleep(0)
             self._send(began)
 
     def _send(self, began: float) -> None:

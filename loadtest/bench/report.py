@@ -15,7 +15,10 @@ from loadtest.steps import GENERATOR_CORES
 from loadtest.tables import grid, number, shown
 
 _OF_ONE_MACHINE = ("service_python", "output_dir", "models_dir")
-_HEAD = ("", "texts/s", "of raw", "p50, ms", "p95, ms", "p99, ms", "CPU ms a text", "load generator, a request")
+_HEAD = (
+    "", "texts/s", "of raw", "p50, ms", "p95, ms", "p99, ms", "CPU ms a text", "load generator, a request",
+    "slowest probe, ms",
+)  # fmt: skip
 
 
 def write(results: Results, options: BenchOptions) -> list[Path]:
@@ -64,7 +67,8 @@ def as_markdown(results: Results, options: BenchOptions, about: dict[str, str]) 
         f"Raw: ONNX Runtime alone, {options.raw_processes} processes with one thread each, batches of "
         f"{options.list_size} sorted by length, fixed depth. Bare: one text in one process. Load generator beside the "
         "service on the same cores; each connection sends its next request on the last answer, and every answer is "
-        "checked against the raw runtime's.",
+        "checked against the raw runtime's. Probes: /healthz and /readyz in turn every 0.1 s, /metrics every 2 s, each "
+        "on a new connection.",
         *(
             f"## {mode}\n\n{table(summary, [cell for cell in summary.cells if cell.mode == mode])}"
             for mode in summary.modes
@@ -105,11 +109,11 @@ def table(summary: Summary, cells: Sequence[Cell]) -> str:
     lines = [list(_HEAD)]
     for cell in sorted(cells, key=_place):
         figures = [summary.spread(cell.name, cell.mode, name) for name in ("p50_ms", "p95_ms", "p99_ms")]
-        names = ("cpu_ms_per_text", "generator_cpu_ms_per_request")
-        cpu = [summary.spread(cell.name, cell.mode, name) for name in names]
+        names = ("cpu_ms_per_text", "generator_cpu_ms_per_request", "slowest_probe_ms")
+        costs = [summary.spread(cell.name, cell.mode, name) for name in names]
         rate = summary.spread(cell.name, cell.mode, "texts_per_second")
         share = summary.of_raw(cell.name, cell.mode) if cell.kind in ("lists", "single") else None
-        lines.append([title(cell), *map(shown, [rate, share, *figures, *cpu])])
+        lines.append([title(cell), *map(shown, [rate, share, *figures, *costs])])
     return grid(lines)
 
 
@@ -171,6 +175,7 @@ def overload_table(one: Overload) -> str:
             number(answered[name]) for name in ("p50_ms", "p99_ms") if name in answered
         ),
         "memory, late / early, PSS": f"{one.memory_growth:.3f}",
+        "slowest probe, ms": number(answered["slowest_probe_ms"]) if "slowest_probe_ms" in answered else "-",
     }
     return grid([["", ""], *([name, value] for name, value in rows.items())])
 

@@ -34,6 +34,7 @@ def test_a_short_run_measures_everything_and_every_answer_is_right(
     assert lists["texts_per_second"] == 4 * lists["requests_per_second"]
     assert 1 <= lists["mean_iterations"] <= 2
     assert lists["cpu_ms_per_request"] > 0
+    assert lists["slowest_probe_ms"] > 0
     assert measured["mixed", 4]["padding_share"] >= 0
     assert measured["mixed", 4]["long_p50_ms"] > 0
     assert content["accuracy"][0]["accuracy"] > 0.5

@@ -10,6 +10,7 @@ from loadtest.bench import figure, overload, report
 from loadtest.bench.cells import Cell, Measured, Seen, plan
 from loadtest.bench.options import BenchOptions, ModeName, parse
 from loadtest.bench.overload import growth, judged
+from loadtest.bench.probes import Probes
 from loadtest.bench.processes import Memory
 from loadtest.bench.run import Accuracy, Footprint, Results
 from loadtest.bench.subject import Answered
@@ -130,7 +131,7 @@ def overloaded(**failures: int) -> overload.Overload:
         milliseconds=[5.0] * 80, failures={name.replace("_", " "): count for name, count in failures.items()}
     )
     memory = [(float(second), Memory(0, 100 + (second if second > 50 else 0))) for second in range(101)]
-    return judged("recurrent", 8.0, 12.0, 16.0, Seen(10.0, 165, 5, [recording], [8] * 10, [1.0], memory))
+    return judged("recurrent", 8.0, 12.0, 16.0, Seen(10.0, 165, 5, [recording], [8] * 10, [1.0], memory, Probes()))
 
 
 def test_overload_is_judged_by_what_is_answered_and_by_how_the_rest_ended() -> None:
