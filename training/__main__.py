@@ -1,4 +1,4 @@
-"""`python -m training`: pretrain, train, evaluate, record, and repeat the published experiments."""
+"""`python -m training`: pretrain, train, linear, evaluate, record, and repeat the published experiments."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from training.config import PretrainConfig, RunConfig, TrainConfig
+from training.config import LinearConfig, PretrainConfig, RunConfig, TrainConfig
 from training.errors import TrainingError
 from training.experiments.options import ExperimentsConfig
 
@@ -53,6 +53,7 @@ def main(arguments: list[str]) -> int:
         command = tyro.cli(
             Annotated[PretrainConfig, tyro.conf.subcommand("pretrain")]
             | Annotated[TrainConfig, tyro.conf.subcommand("train")]
+            | Annotated[LinearConfig, tyro.conf.subcommand("linear")]
             | Annotated[EvaluateConfig, tyro.conf.subcommand("evaluate")]
             | Annotated[RecordConfig, tyro.conf.subcommand("record")]
             | Annotated[ExperimentsConfig, tyro.conf.subcommand("experiments")],
@@ -71,7 +72,9 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _run(command: PretrainConfig | TrainConfig | EvaluateConfig | RecordConfig | ExperimentsConfig) -> None:
+def _run(
+    command: PretrainConfig | TrainConfig | LinearConfig | EvaluateConfig | RecordConfig | ExperimentsConfig,
+) -> None:
     match command:
         case PretrainConfig():
             from training.pretrain import pretrain  # torch takes seconds to import; --help shall not
@@ -83,6 +86,14 @@ def _run(command: PretrainConfig | TrainConfig | EvaluateConfig | RecordConfig |
             from training.loop import train  # as above
 
             print(f"run written to {train(command)}; next: python -m training evaluate {command.output_dir}")
+        case LinearConfig():
+            from training.linear import fit  # as above
+
+            figures = fit(command)
+            print(
+                f"run written to {command.output_dir}: validation accuracy {figures['accuracy']:.4f}, macro F1 "
+                f"{figures['macro_f1']:.4f}; next: python -m training train --teacher {command.output_dir}"
+            )
         case EvaluateConfig():
             _evaluate(command)
         case RecordConfig():

@@ -1,4 +1,4 @@
-"""The options of a training: what `python -m training train` and `pretrain` take, and a run keeps in `config.json`."""
+"""The options of a training: what `train`, `pretrain` and `linear` take, and a run keeps in `config.json`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,8 +96,8 @@ class TrainConfig(RunConfig):
     """Trains one model on one data set and writes a run directory."""
 
     dataset: str = "sst2"
-    """sst2, imdb, yelp_polarity, amazon_polarity, ag_news, 20newsgroups, sentiment (a mix), domain, or a folder of
-    --data-dir."""
+    """sst2, imdb, yelp_polarity, amazon_polarity, ag_news, 20newsgroups, sentiment (a mix), sentences (of it), domain, or
+    a folder of --data-dir."""
     init_from: Path | None = None
     """Start from the weights of this run, with its tokenizer; the shape must be the same. The head is new where that
     run was pretrained, or decided between other labels."""
@@ -143,3 +143,16 @@ class PretrainConfig(RunConfig):
         super().__post_init__()
         if not self.datasets:
             raise TrainingError("--datasets names none; at least one is needed")
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """Fits a logistic regression on words and pairs of words: the floor for a network, and a cheap teacher for one."""
+
+    dataset: str = "sst2"
+    """As of `train`."""
+    data_dir: Path | None = None
+    """Read NAME/{train,validation,test}.{jsonl,csv,tsv,parquet} (text also .gz) here instead of from the hub."""
+    output_dir: Path = Path("runs/linear")
+    """The run directory."""
+    seed: int = 13

@@ -1,8 +1,9 @@
 """The data sets that training knows by name, and their composites."""
 
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from training.errors import TrainingError
@@ -61,12 +62,17 @@ SOURCES: Mapping[str, Source] = {
     ),
 }
 SENTIMENT_MIX = ("sst2", "imdb", "yelp_polarity", "amazon_polarity")
+REVIEWS = SENTIMENT_MIX[1:]
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n|<br />|\\n")
+"""Also where a line ends: as a newline, and as the hub's imdb and yelp_polarity spell one."""
+FEWEST_WORDS, MOST_WORDS = 5, 30
+REVIEW_SENTENCES = 130_000
 DOMAINS: Mapping[str, str] = {
     "movies": "imdb",
     "local business": "yelp_polarity",
     "online shopping": "amazon_polarity",
 }
-NAMES = (*SOURCES, "sentiment", "domain")
+NAMES = (*SOURCES, "sentiment", "sentences", "domain")
 
 
 @dataclass(frozen=True)
@@ -97,8 +103,11 @@ class Dataset:
 
 def origins(name: str) -> dict[str, Source]:
     """The public data sets that one is made of; none that we know for one's own."""
-    parts = {"sentiment": SENTIMENT_MIX, "domain": tuple(DOMAINS.values())}.get(name, (name,))
-    return {part: SOURCES[part] for part in parts if part in SOURCES}
+    parts = {"sentiment": SENTIMENT_MIX, "sentences": SENTIMENT_MIX, "domain": tuple(DOMAINS.values())}
+    found = {part: SOURCES[part] for part in parts.get(name, (name,)) if part in SOURCES}
+    if name == "sentences":
+        found |= {part: replace(found[part], kind=f"sentences of {found[part].kind}") for part in REVIEWS}
+    return found
 
 
 def load_dataset(name: str, data_dir: Path | None) -> Dataset:
@@ -109,6 +118,8 @@ def load_dataset(name: str, data_dir: Path | None) -> Dataset:
     """
     if name == "sentiment":
         return _sentiment_mix(data_dir)
+    if name == "sentences":
+        return _sentences(data_dir)
     if name == "domain":
         return _domain(data_dir)
     if name not in SOURCES and data_dir is None:
@@ -122,7 +133,7 @@ def unlabelled(names: Sequence[str], data_dir: Path | None) -> Dataset:
     None of them is also a validation or test text of any of the data sets.
     """
     parts = [load_dataset(name, data_dir) for name in names]
-    held = {text for part in parts for split in (part.validation, part.test) if split for text in split.texts}
+    held = _held_out(parts)
     texts = list(dict.fromkeys(text for part in parts for text in part.train.texts if text not in held))
     texts = [texts[index] for index in _shuffled(len(texts))]
     count = max(1, round(len(texts) * HELD_OUT_SHARE))
@@ -207,6 +218,29 @@ def _sentiment_mix(data_dir: Path | None) -> Dataset:
         _join(tests) if tests else None,
         {name: examples for part in parts for name, examples in part.finals.items()},
     )
+
+
+def _sentences(data_dir: Path | None) -> Dataset:
+    """Phrases, and single sentences labelled as the review they stand in: many say nothing, as a teacher can tell."""
+    phrases = load_dataset("sst2", data_dir)
+    parts = [load_dataset(name, data_dir) for name in REVIEWS]
+    label_of = dict(sentence for part in parts for sentence in _split_reviews(part.train))
+    for text in _held_out([phrases, *parts]):
+        label_of.pop(text, None)
+    found = Examples(list(label_of), list(label_of.values()))
+    drawn = found.pick(_shuffled(len(found))[:REVIEW_SENTENCES])
+    return replace(phrases, name="sentences", train=_join([phrases.train, drawn]), test=None)
+
+
+def _split_reviews(reviews: Examples) -> Iterator[tuple[str, int]]:
+    for text, label in zip(reviews.texts, reviews.labels, strict=True):
+        for sentence in SENTENCE_END.split(text):
+            if FEWEST_WORDS <= len(sentence.split()) <= MOST_WORDS:
+                yield sentence.strip(), label
+
+
+def _held_out(parts: Sequence[Dataset]) -> set[str]:
+    return {text for part in parts for split in (part.validation, part.test) if split for text in split.texts}
 
 
 def _join(parts: Sequence[Examples]) -> Examples:

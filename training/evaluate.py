@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from training.batches import pad, sorted_batches
 from training.data import Dataset, load_dataset
 from training.errors import TrainingError
 from training.examples import Examples
+from training.linear import LinearModel, read_linear
 from training.scores import score
 from training.tokenizer import encode
 
@@ -41,6 +43,29 @@ def predict(
     model.train(was_training)
     order_N = torch.tensor([index for batch in batches for index in batch])
     return torch.cat(parts, dim=1)[:, order_N.argsort()]
+
+
+@dataclass(frozen=True)
+class Network:
+    """A run's network with what reads its texts."""
+
+    model: Encoder
+    tokenizer: Tokenizer
+    iterations: int | None = None
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    def logits(self, texts: Sequence[str]) -> Tensor:
+        return predict(self.model, self.tokenizer, texts, self.model.config.max_tokens, self.iterations)
+
+
+def read_classifier(run: Path, device: torch.device, iterations: int | None = None) -> Network | LinearModel:
+    """A run of any kind; both tell their `logits` of texts, (R, N, C) float32. A linear model stays on the CPU."""
+    if runs.read_info(run).architecture == runs.LINEAR:
+        return read_linear(run)
+    return Network(runs.read_model(run).to(device), runs.read_tokenizer(run), iterations)
 
 
 def evaluate(
@@ -73,21 +98,21 @@ def _load(run: Path, data_dir: Path | None, name: str | None) -> Dataset:
 
 def measure(run: Path, dataset: str, split: str, examples: Examples, iterations: int | None = None) -> dict[str, Any]:
     """The figures of a run on these examples; the names are for the reader."""
-    info, model = runs.read_info(run), runs.read_model(run)
+    info = runs.read_info(run)
     if iterations is not None and (info.architecture != "recurrent" or iterations < 1):
         raise TrainingError(
             f"--iterations {iterations}: at least 1, and for a recurrent model only, not {info.architecture}"
         )
-    parameters = sum(p.numel() for p in model.parameters())
+    classifier = read_classifier(run, torch.device("cpu"), iterations)
     started = time.perf_counter()
-    logits_RNC = predict(model, runs.read_tokenizer(run), examples.texts, model.config.max_tokens, iterations)
+    logits_RNC = classifier.logits(examples.texts)
     seconds = time.perf_counter() - started
     return {
         "run": info.provenance["run_id"],
         "dataset": dataset,
         "split": split,
-        "parameters": parameters,
-        "megabytes_fp32": parameters * 4 / 1e6,
+        "parameters": classifier.parameters,
+        "megabytes_fp32": classifier.parameters * 4 / 1e6,
         "milliseconds_per_text": seconds * 1000 / len(examples),
         "iterations": {
             str(n): score(examples.labels, predicted, info.labels)

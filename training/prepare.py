@@ -3,6 +3,7 @@
 import importlib.metadata
 import random
 import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from tokenizers import Tokenizer
 
 from training import run as runs
-from training.config import RunConfig, TrainConfig
+from training.config import LinearConfig, RunConfig, TrainConfig
 from training.data import Dataset, load_dataset
 from training.errors import TrainingError
 from training.run import RunInfo
@@ -33,18 +34,10 @@ def draw_share(dataset: Dataset, config: RunConfig) -> Dataset:
 def prepare_run(config: RunConfig, dataset: Dataset) -> RunInfo:
     """A new run directory, or the one that stands there if its options are the same."""
     directory, options = config.output_dir, recorded_options(config)
-    if (directory / runs.CONFIG).exists():
-        info = runs.read_info(directory)
-        before = (
-            recorded_options(type(config)()) | info.options
-        )  # a run may be older than an option, which it left alone
-        if changed := [name for name, value in options.items() if before[name] != value]:
-            raise TrainingError(
-                f"{directory} holds a run with other options ({', '.join(changed)}): choose another --output-dir"
-            )
-        return info
-    directory.mkdir(parents=True, exist_ok=True)
+    if standing := standing_run(directory, options, recorded_options(type(config)())):
+        return standing
     tokenizer = _tokenizer(config, dataset)
+    directory.mkdir(parents=True, exist_ok=True)
     runs.replace(directory / runs.TOKENIZER, tokenizer.to_str().encode())
     info = RunInfo(
         task=dataset.task,
@@ -52,9 +45,26 @@ def prepare_run(config: RunConfig, dataset: Dataset) -> RunInfo:
         architecture=config.architecture,
         encoder=asdict(config.encoder(max(1, len(dataset.labels)), tokenizer.get_vocab_size())),
         options=options,
-        provenance=_provenance(config, options, dataset),
+        provenance=provenance(dataset, config.architecture, config.seed, ("torch", "tokenizers", "accelerate"))
+        | {"initialised_from": options.get("initialised_from")},
     )
     runs.write_info(directory, info)
+    return info
+
+
+def standing_run(directory: Path, options: Mapping[str, Any], defaults: Mapping[str, Any]) -> RunInfo | None:
+    """The run that stands there, if any; TrainingError where its options are others.
+
+    A run may be older than an option: it then took the default.
+    """
+    if not (directory / runs.CONFIG).exists():
+        return None
+    info = runs.read_info(directory)
+    before = {**defaults, **info.options}
+    if changed := [name for name, value in options.items() if before.get(name) != value]:
+        raise TrainingError(
+            f"{directory} holds a run with other options ({', '.join(changed)}): choose another --output-dir"
+        )
     return info
 
 
@@ -64,7 +74,7 @@ def _tokenizer(config: RunConfig, dataset: Dataset) -> Tokenizer:
     return learn_tokenizer(dataset.train.texts, config.tokenizer, config.vocabulary)
 
 
-def recorded_options(config: RunConfig) -> dict[str, Any]:
+def recorded_options(config: RunConfig | LinearConfig) -> dict[str, Any]:
     """The options as a run keeps them: those that shape the result; where files lie does not."""
     options = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
     for place in ("data_dir", "output_dir"):
@@ -80,18 +90,18 @@ def _run_id(run: Path | None) -> str | None:
     return str(runs.read_info(run).provenance["run_id"]) if run else None
 
 
-def _provenance(config: RunConfig, options: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
+def provenance(dataset: Dataset, architecture: str, seed: int, packages: Sequence[str]) -> dict[str, Any]:
+    """Where a run that begins now comes from, for people; `packages` are those whose version matters."""
     now, kind = datetime.now(UTC), "" if dataset.labels else f"{dataset.task}-"
     return {
-        "run_id": f"{kind}{dataset.name}-{config.architecture}-{now:%Y%m%dT%H%M%SZ}",
+        "run_id": f"{kind}{dataset.name}-{architecture}-{now:%Y%m%dT%H%M%SZ}",
         "started": f"{now:%Y-%m-%dT%H:%M:%SZ}",
         "dataset": dataset.name,
-        "initialised_from": options.get("initialised_from"),
         "texts": {"train": len(dataset.train), "validation": len(dataset.validation)},
         "commit": _commit(),
-        "seed": config.seed,
+        "seed": seed,
         "machine": _machine(),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "tokenizers", "accelerate")},
+        "versions": {name: importlib.metadata.version(name) for name in packages},
     }
 
 

@@ -1,7 +1,7 @@
 """A run directory: what one training leaves behind, and all that evaluation and export need.
 
 config.json         options, shape, task and labels (a pretraining has none), data, versions
-tokenizer.json      as learned from the training split
+tokenizer.json      as learned from the training split (a linear run has none)
 model.safetensors   the weights with the best validation accuracy
 last.pt             the latest checkpoint: weights, optimiser, progress (tensors and numbers; no pickled objects)
 metrics.jsonl       a line per log interval and per validation
@@ -30,6 +30,8 @@ from training.shapes import EncoderConfig
 WEIGHTS, LAST, CONFIG, TOKENIZER, METRICS = (
     "model.safetensors", "last.pt", "config.json", "tokenizer.json", "metrics.jsonl",
 )  # fmt: skip
+LINEAR = "linear"
+"""The architecture of a run that is no network: it has no tokenizer, and nothing to begin from or to export."""
 HEAD = "head."
 """How the names of the classification head's weights begin."""
 
@@ -75,6 +77,7 @@ def read_info(run: Path) -> RunInfo:
 
 
 def read_tokenizer(run: Path) -> Tokenizer:
+    check_network(run, read_info(run))
     return Tokenizer.from_file(str(run / TOKENIZER))
 
 
@@ -86,6 +89,7 @@ def read_model(run: Path) -> Encoder:
     """The run's best weights in its architecture, ready for evaluation."""
     info = read_info(run)
     check_decides(run, info)
+    check_network(run, info)
     return _read_weights(run, info.build_model(), {}).eval()
 
 
@@ -93,6 +97,12 @@ def check_decides(run: Path, info: RunInfo) -> None:
     """Raise TrainingError for a run that was only pretrained."""
     if not info.labels:
         raise TrainingError(f"{run} was pretrained and decides nothing yet: go on with train --init-from {run}")
+
+
+def check_network(run: Path, info: RunInfo) -> None:
+    """Raise TrainingError for a linear run."""
+    if info.architecture == LINEAR:
+        raise TrainingError(f"{run} is linear, not a network: it can be evaluated, and be a --teacher")
 
 
 def initialise(model: Encoder, labels: Sequence[str], run: Path) -> None:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from training import run as runs
 from training.errors import TrainingError
-from training.evaluate import predict
+from training.evaluate import read_classifier
 
 LOGITS = "teacher.safetensors"
 BLOCK = 5000
@@ -35,11 +35,11 @@ def teach(teachers: Sequence[Path], texts: Sequence[str], run: Path, device: tor
     blocks_NC = [load_file(path)["logits"]] if path.exists() else []
     known = sum(map(len, blocks_NC))
     missing = range(known, len(texts), BLOCK)
-    taught = [(runs.read_model(teacher).to(device), runs.read_tokenizer(teacher)) for teacher in teachers if missing]
+    taught = [read_classifier(teacher, device) for teacher in teachers if missing]
     for start in tqdm(missing, desc="teacher", unit=f"{BLOCK} texts", disable=not missing):
         block = texts[start : start + BLOCK]
         # The last iteration is a teacher's best answer.
-        said = [predict(model, tokenizer, block, model.config.max_tokens)[-1] for model, tokenizer in taught]
+        said = [one.logits(block)[-1] for one in taught]
         blocks_NC.append(torch.stack(said).mean(0))
         runs.replace(path, save({"logits": torch.cat(blocks_NC)}))
     return torch.cat(blocks_NC)

@@ -51,7 +51,7 @@ def free_port() -> int:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], *([name, "--help"] for name in ("pretrain", "train", "evaluate", "record", "experiments"))],
+    [["--help"], *([name, "--help"] for name in ("pretrain", "train", "linear", "evaluate", "record", "experiments"))],
 )
 def test_help_does_not_wait_for_torch(arguments: list[str]) -> None:
     code = (

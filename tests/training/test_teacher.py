@@ -84,14 +84,14 @@ def test_teaching_goes_on_where_it_was_interrupted(
     monkeypatch.setattr(teacher, "BLOCK", 16)
     asked: list[int] = []
 
-    def tire(model: Encoder, tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int) -> torch.Tensor:
+    def tire(model: Encoder, tokenizer: Tokenizer, texts: Sequence[str], *options: int | None) -> torch.Tensor:
         if len(asked) == 2:
             asked.append(0)
             raise KeyboardInterrupt
         asked.append(len(texts))
-        return predict(model, tokenizer, texts, max_tokens)
+        return predict(model, tokenizer, texts, *options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(teacher, "predict", tire)
+    monkeypatch.setattr("training.evaluate.predict", tire)
     texts = [record["text"] for record in easy_records(60)]
     with pytest.raises(KeyboardInterrupt):
         teacher.teach([run], texts, tmp_path, torch.device("cpu"))
