@@ -60,7 +60,7 @@ def count_words(texts: Sequence[str], features: int) -> csr_matrix:
     vectorizer = HashingVectorizer(
         n_features=features, token_pattern=WORD, ngram_range=(1, 2), norm=None, alternate_sign=False, dtype=np.float32
     )
-    starts = tqdm(range(0, len(texts), BLOCK), desc="hash", unit=f"{BLOCK} texts", leave=False, delay=5)
+    starts = tqdm(range(0, len(texts), BLOCK), desc="hash", unit="block", leave=False, delay=5)
     return vstack([vectorizer.transform(texts[start : start + BLOCK]) for start in starts], format="csr")
 
 

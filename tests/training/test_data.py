@@ -115,6 +115,79 @@ def test_a_mix_is_judged_by_its_sources_and_validation_where_there_is_no_test(tm
     assert origins("mine") == {}
 
 
+@pytest.fixture
+def reviews(tmp_path: Path) -> Path:
+    """Each review has a sentence that is its own, one of four words, and one of 31."""
+    for name in ("imdb", "yelp_polarity", "amazon_polarity"):
+        records = [
+            {"text": f"This is {name} review {row}! Far too few words.\n{'word ' * 31}", "label": row % 2}
+            for row in range(20)
+        ]
+        write_jsonl(tmp_path / name / "train.jsonl", records)
+        held = [{"text": f"This is the held out {name} text {row}.", "label": row % 2} for row in range(4)]
+        write_jsonl(tmp_path / name / "validation.jsonl", held)
+        write_jsonl(tmp_path / name / "test.jsonl", held)
+    write_jsonl(tmp_path / "sst2" / "train.jsonl", polarity("phrase", 10))
+    write_jsonl(tmp_path / "sst2" / "validation.jsonl", polarity("a phrase held out of sst2", 6))
+    return tmp_path
+
+
+def drawn(data_dir: Path) -> dict[str, int]:
+    """The sentences of reviews and their labels."""
+    train = load_dataset("sentences", data_dir).train
+    return dict(zip(train.texts[10:], train.labels[10:], strict=True))
+
+
+def test_sentences_are_phrases_and_the_reviews_sentences_labelled_as_they_are(reviews: Path) -> None:
+    dataset = load_dataset("sentences", reviews)
+    sst2 = load_dataset("sst2", reviews)
+    assert (dataset.name, dataset.task, dataset.labels) == ("sentences", "sentiment", ("negative", "positive"))
+    assert dataset.train.texts[:10] == sst2.train.texts
+    assert dataset.train.labels[:10] == sst2.train.labels
+    assert (dataset.validation, dataset.test, list(dataset.judged)) == (sst2.validation, None, ["validation"])
+    names = ("imdb", "yelp_polarity", "amazon_polarity")
+    assert drawn(reviews) == {f"This is {name} review {row}!": row % 2 for name in names for row in range(20)}
+    assert load_dataset("sentences", reviews) == dataset
+
+
+def test_a_sentence_ends_at_its_mark_or_its_line_however_that_is_spelt(reviews: Path) -> None:
+    ends = ("one two three four v1.5, six. ", "one two three four five? ", "one two three four\tfive\n",
+            "a b c d e<br />", "f g h i j<br /><br />", r"k l m n o\n", "p q r s t")  # fmt: skip
+    write_jsonl(reviews / "imdb" / "train.jsonl", [{"text": "".join(ends), "label": row % 2} for row in range(4)])
+    assert {text for text in drawn(reviews) if not text.startswith("This is")} == {
+        "one two three four v1.5, six.", "one two three four five?", "one two three four\tfive", "a b c d e",
+        "f g h i j", "k l m n o", "p q r s t",
+    }  # fmt: skip
+
+
+def test_no_sentence_is_a_held_out_text(reviews: Path) -> None:
+    held = [*polarity("a phrase held out of sst2", 6), {"text": "This is the held out yelp_polarity text 1."}]
+    leaking = " ".join(f"{one['text']}." if "label" in one else one["text"] for one in held)
+    records = [{"text": f"{leaking}\n{held[0]['text']}", "label": row % 2} for row in range(4)]
+    write_jsonl(reviews / "imdb" / "train.jsonl", records)
+    found = drawn(reviews)
+    assert "a phrase held out of sst2 text 1." in found, "with its full stop it is another text"
+    assert {one["text"] for one in held}.isdisjoint(found)
+
+
+def test_no_more_sentences_are_drawn_than_wanted(reviews: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = list(drawn(reviews))
+    monkeypatch.setattr("training.data.REVIEW_SENTENCES", 9)
+    some = list(drawn(reviews))
+    assert some == whole[:9]
+    assert len({text.split()[2] for text in some}) > 1, "they are drawn from all"
+
+
+def test_a_card_can_say_where_sentences_are_from() -> None:
+    kinds = {name: one.kind for name, one in origins("sentences").items()}
+    assert kinds == {
+        "sst2": "phrases and sentences of film reviews",
+        "imdb": "sentences of film reviews",
+        "yelp_polarity": "sentences of reviews of local businesses",
+        "amazon_polarity": "sentences of product reviews",
+    }
+
+
 def test_domain_has_as_many_texts_of_each_and_its_own_labels(tmp_path: Path) -> None:
     for name, count in zip(DOMAINS.values(), (40, 20, 30), strict=True):
         write_jsonl(tmp_path / name / "train.jsonl", polarity(name, count))
