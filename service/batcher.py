@@ -117,14 +117,16 @@ class Batcher:
 
     def seconds_to_room(self, texts: int, tokens: int, deadline: float, ahead: int) -> float | None:
         """What check_room says in an error; None: there is room."""
-        limits = self._limits
-        patience = max(0.0, min(limits.queue_seconds, (deadline - time.monotonic()) / 2))
+        limits, now = self._limits, time.monotonic()
+        patience = max(0.0, min(limits.queue_seconds, (deadline - now) / 2))
         excess_texts = len(self._foreground.texts) + ahead + texts - limits.queue_texts
         excess_tokens = self._foreground.tokens + tokens - limits.queue_tokens
         excess_seconds = self.backlog_seconds + self._pace.seconds(texts=ahead) - patience
         if excess_texts <= 0 and excess_tokens <= 0 and excess_seconds <= 0:
             return None
-        return max(excess_seconds, self._pace.seconds(admitted=excess_tokens, texts=excess_texts))
+        seconds = max(excess_seconds, self._pace.seconds(admitted=excess_tokens, texts=excess_texts))
+        # However slow it is, what waits is gone by its deadline.
+        return min(seconds, self._foreground.until - now) if self._foreground.texts else seconds
 
     def submit(self, texts: Sequence[Text], deadline: float, *, background: bool = False) -> Job:
         """Queues all the texts or none; `deadline` is on the clock of `time.monotonic`.

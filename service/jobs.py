@@ -127,12 +127,14 @@ class Pool:
         self.texts: dict[int, Waiting] = {}
         self.tokens = 0
         self.admitted = 0
+        self.until = -math.inf  # the latest deadline that came: by then it is empty
 
     def add(self, waiting: Waiting) -> None:
         """Takes a text in."""
         self.texts[waiting.number] = waiting
         self.tokens += waiting.length
         self.admitted += waiting.admitted
+        self.until = max(self.until, waiting.deadline)
 
     def remove(self, waiting: Waiting) -> bool:
         """Lets a text go; False if it has gone already."""

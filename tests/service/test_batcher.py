@@ -252,6 +252,18 @@ def test_retry_after_grows_with_the_excess_and_shrinks_with_the_pace() -> None:
     assert fast[0] < slow[0]
 
 
+def test_retry_after_ends_with_the_deadlines_of_what_waits() -> None:
+    with running(Slow(), queue_seconds=0.2, queue_texts=10_000) as setup:
+        learn(setup)
+        setup.hold()
+        setup.submit(*[text(1)] * 4_000)  # would take minutes, but nobody waits for them so long
+        with pytest.raises(QueueFull) as caught:
+            setup.submit(text(2))
+        assert caught.value.retry_after is not None
+        assert 0 < caught.value.retry_after <= SECONDS
+        setup.release()
+
+
 def test_a_deadline_that_passes_in_the_queue() -> None:
     with running() as setup:
         setup.hold()
