@@ -171,16 +171,20 @@ class Connection(HttpToolsProtocol):
         if self.parser.should_upgrade():
             return
         self._within = False
-        body, self._held = self._held, None
-        if body is not None:
-            if refusal := self._refusals.find(self.headers, body):
+        if self._held is not None:
+            if refusal := self._refusals.find(self.headers, self._held):
                 self._refuse_early(refusal)
                 return
-            self._begin()
-            super().on_body(body)
+            self._let_through(self._held)
         super().on_message_complete()
 
+    def _let_through(self, body: bytes) -> None:
+        self._held, self._until = None, math.inf
+        self._begin()
+        super().on_body(body)
+
     def _refuse_early(self, refusal: bytes) -> None:
+        self._held = None
         keeps = self.parser.get_http_version() == "1.1" and self.parser.should_keep_alive()
         self._write(QueueFull.status, [] if keeps else [(b"connection", b"close")], refusal)
         self.headers = []
@@ -216,6 +220,8 @@ class Connection(HttpToolsProtocol):
 
     def check(self, now: float) -> None:
         """Cut off a client that takes too long; `now` as time.monotonic() has it."""
+        if self._held is not None:  # its body takes a while; how long it may is for the app to say
+            self._let_through(self._held)
         if now >= self._until:
             self._until = math.inf
             if self._unplaced and not self._deaf:
