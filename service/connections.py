@@ -71,6 +71,7 @@ class Connection(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self.headers = []
         self._refusals = refusals
+        self._running: RequestResponseCycle | None = None  # the request whose turn it is; `cycle` came last
         self._held: bytes | None = None  # what has come of a body that decides whether its request is let through
         self._within = False  # a request has begun to come, and not ended
         self._metrics = runtime.metrics
@@ -157,6 +158,10 @@ class Connection(HttpToolsProtocol):
         self.headers = []  # what is still added are trailers, which must not pass for headers (RFC 9110, 6.5.1)
         self.cycle.transport = cast(asyncio.Transport, _CycleTransport(self.cycle, self.transport, self._end))
         self.cycle.keep_alive = self.cycle.keep_alive and not self._over
+        if not self.pipeline:
+            self._running = self.cycle
+        elif len(self.pipeline) == 1:  # while nothing is read nobody sees that the client leaves; more stay unread
+            self.flow.resume_reading()
 
     def on_body(self, body: bytes) -> None:
         """Take a part of the body."""
@@ -195,6 +200,8 @@ class Connection(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """Go on to the next request; an idle connection keeps nothing of a body that nobody read."""
+        if self.pipeline:
+            self._running = self.pipeline[-1][0]
         super().on_response_complete()
         if self.cycle.response_complete:
             self.cycle.body.clear()
@@ -213,10 +220,18 @@ class Connection(HttpToolsProtocol):
         return True
 
     def _ask_whether_there(self, again_after: float) -> None:
-        if self.transport.is_closing() or self.cycle.response_started or self.pipeline:
-            return  # within another request's answer it would be a part of that
-        self.transport.write(CONTINUE)
+        if self.transport.is_closing() or self._answered():
+            return
+        if self._running is not None and not self._running.response_started:  # within an answer it would be part of it
+            self.transport.write(CONTINUE)
         self.loop.call_later(again_after, self._ask_whether_there, min(2 * again_after, ASK_SECONDS_MOST))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Tell also the request whose turn it is that its client left, and not only the one that came last."""
+        super().connection_lost(exc)
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
 
     def check(self, now: float) -> None:
         """Cut off a client that takes too long; `now` as time.monotonic() has it."""

@@ -36,6 +36,21 @@ def test_nothing_runs_for_a_client_that_left() -> None:
         assert served.count("refrain_dropped_texts_total", reason="client", **model) == LEAVERS
 
 
+def test_nothing_runs_for_a_client_that_left_after_asking_twice() -> None:
+    with live() as served, ThreadPoolExecutor() as pool:
+        served.fake.recurrent.gate.clear()
+        occupied = pool.submit(served.ask, "POST", "/classify", {"inputs": "occupied"})
+        assert served.fake.recurrent.entered.wait(timeout=10)
+        leaver = served.send(classify_bytes("first") + classify_bytes("second"))
+        model = {"architecture": "recurrent", "task": "sentiment"}
+        wait_until(lambda: served.count("refrain_queue_depth", **model) == 2)
+        leaver.close()
+        wait_until(lambda: served.count("refrain_queue_depth", **model) == 1)
+        served.fake.recurrent.gate.set()
+        assert occupied.result(timeout=10)[0] == 200
+        assert served.count("refrain_dropped_texts_total", reason="client", **model) == 1
+
+
 def test_a_client_that_leaves_within_its_body_is_forgotten() -> None:
     with live() as served:
         served.send(classify_bytes("half a body")[:-5]).close()
