@@ -72,8 +72,10 @@ def find_files(asked: str) -> list[InputFile]:
     else:
         paths = [path] if path.is_file() else [Path(found) for found in glob.glob(asked, recursive=True)]  # noqa: PTH207  # pathlib takes no absolute pattern
         paths = [found for found in paths if found.is_file()]
-    if not paths:
+    if not paths and path.is_dir():
         raise BulkError(f"{asked}: no file there ends in {', '.join(KINDS)}")
+    if not paths:
+        raise BulkError(f"{asked}: there is no such file")
     kinds = {kind_of(found): found for found in sorted(paths)}
     if len(kinds) > 1:
         raise BulkError(f"{' and '.join(map(str, kinds.values()))} are written differently: make them two jobs")

@@ -146,6 +146,14 @@ def test_a_file_that_cannot_be_read_is_named(
         csv.field_size_limit(limit)
 
 
+def test_a_file_that_is_not_there_is_not_said_to_end_wrongly(tmp_path: Path) -> None:
+    for missing in ("missing.jsonl", "missing-*.jsonl"):
+        with pytest.raises(BulkError, match="no such file"):
+            find_files(str(tmp_path / missing))
+    with pytest.raises(BulkError, match="no file there ends in"):
+        find_files(str(tmp_path))
+
+
 def test_folders_and_patterns_find_files_by_name(tmp_path: Path) -> None:
     for name in ("b.csv", "a.csv", "deep/c.csv.gz", ".hidden/d.csv", "_temporary/e.csv", "notes.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -154,7 +162,7 @@ def test_folders_and_patterns_find_files_by_name(tmp_path: Path) -> None:
     assert [Path(file.path).name for file in find_files(str(tmp_path / "[ab].*"))] == ["a.csv", "b.csv"]
     with pytest.raises(BulkError, match=r"notes\.md"):
         find_files(str(tmp_path / "notes.md"))
-    with pytest.raises(BulkError, match="no file"):
+    with pytest.raises(BulkError, match="no such file"):
         find_files(str(tmp_path / "none"))
     (tmp_path / "f.jsonl").write_text("")
     with pytest.raises(BulkError, match="written differently"):
