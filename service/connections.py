@@ -73,6 +73,7 @@ class Connection(HttpToolsProtocol):
         self._refusals = refusals
         self._running: RequestResponseCycle | None = None  # the request whose turn it is; `cycle` came last
         self._held: bytes | None = None  # what has come of a body that decides whether its request is let through
+        self._refused = 0  # of the requests in what was read last, those that were refused early
         self._within = False  # a request has begun to come, and not ended
         self._metrics = runtime.metrics
         self._seconds = runtime.settings.client_seconds
@@ -95,6 +96,7 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Parse what came, in pieces, so that what one read can bring is bounded too."""
         self._unset_keepalive_if_required()
+        self._refused = 0
         try:
             for start in range(0, len(data), HEAD_BYTES):
                 if self._deaf:
@@ -145,10 +147,12 @@ class Connection(HttpToolsProtocol):
             return  # it comes again, see _parse
         if self._over and self.url.partition(b"?")[0].decode("latin-1") not in OPEN_PATHS:
             raise TooManyConnections
-        if len(self.pipeline) >= PIPELINED:
+        if len(self.pipeline) + self._refused >= PIPELINED:
             raise InvalidHTTP(f"At most {PIPELINED} requests may wait on one connection.")
         self._unplaced, self._until = 0, math.inf
-        if self.parser.get_method() == b"POST" and self.url == b"/classify" and self._answered():
+        # Of a client that does not take its answers the app reads no more; it must not get around that.
+        free = self._answered() and not self.flow.write_paused
+        if free and self.parser.get_method() == b"POST" and self.url == b"/classify":
             self._held = b"" if self._refusals.may_come(self.headers) else None
         if self._held is None:
             self._begin()
@@ -190,6 +194,7 @@ class Connection(HttpToolsProtocol):
 
     def _refuse_early(self, refusal: bytes) -> None:
         self._held = None
+        self._refused += 1
         keeps = self.parser.get_http_version() == "1.1" and self.parser.should_keep_alive()
         self._write(QueueFull.status, [] if keeps else [(b"connection", b"close")], refusal)
         self.headers = []

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
 
+from service.connections import PIPELINED
 from tests.service.fakes import fake_bundle, wait_until
 from tests.service.live import Live, classify_bytes, live, replies, reply
 
@@ -98,6 +101,26 @@ def test_several_requests_in_one_write_are_refused_in_order() -> None:
     with full() as served, served.send(asking(b"X-Request-Id: 1\r\n") + asking(b"X-Request-Id: 2\r\n")) as connection:
         ids = [answer.headers["x-request-id"] for answer in islice(replies(connection), 2)]
         assert ids == ["1", "2"]
+
+
+def test_endless_requests_in_one_write_are_not_refused_one_by_one() -> None:
+    with full() as served, served.send(asking() * 1000) as connection:
+        statuses = [answer.status for answer in replies(connection)]
+        assert statuses == [429] * PIPELINED + [400]
+
+
+def test_refusals_that_nobody_takes_do_not_pile_up() -> None:
+    with full() as served, socket.socket() as connection:
+        for each, size in ((connection, socket.SO_RCVBUF), (served.listener, socket.SO_SNDBUF)):
+            each.setsockopt(socket.SOL_SOCKET, size, 2048)
+        connection.connect(("127.0.0.1", served.port))
+        counted = partial(served.count, "refrain_requests_total", code="429", **LABELS[429])
+        with suppress(AssertionError):  # at some point nothing more is read
+            for sent in range(10, 3000, 10):
+                connection.sendall(asking() * 10)
+                wait_until(lambda sent=sent: counted() == sent, seconds=0.5)
+        waiting = [each.transport.get_write_buffer_size() for each in served.server.server_state.connections]
+        assert max(waiting) < 200_000  # of a megabyte that was asked for
 
 
 def test_a_key_is_asked_for_before_anything_is_told() -> None:
