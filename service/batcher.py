@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -22,7 +21,8 @@ from service.jobs import CALL_TOKENS, MEMORY, Answer, Exit, Job, Pace, Pool, Res
 from service.scheduling import choose_batch, cut_short
 
 LOOKAHEAD, SHORT = 256, 4
-"""The oldest texts are considered for a turn: at most so many, and no more than fit it if each had `SHORT` tokens."""
+"""The oldest texts of each size are considered for a turn: at most so many, and no more than fit it if each had `SHORT`
+tokens."""
 
 BACKGROUND_PART = 4
 """A batch in the background is that many times smaller."""
@@ -106,22 +106,23 @@ class Batcher:
             self._refuse(Draining)
         self._thread.remove(self)
 
-    def check_room(self, texts: int, tokens: int, deadline: float, *, ahead: int = 0) -> None:
-        """QueueFull where that many do not fit now, with the seconds after which they should.
-
-        Nor does anything where what waits would take longer than the queue may, or half of the time that is left; texts
-        that are `ahead`, and will be submitted first, count as waiting.
-        """
-        if (seconds := self.seconds_to_room(texts, tokens, deadline, ahead)) is not None:
+    def check_room(self, texts: int, tokens: int, work: int, deadline: float) -> None:
+        """QueueFull where that many do not fit now, with the seconds after which they should; see seconds_to_room."""
+        if (seconds := self.seconds_to_room(texts, tokens, work, deadline)) is not None:
             raise QueueFull(seconds)
 
-    def seconds_to_room(self, texts: int, tokens: int, deadline: float, ahead: int) -> float | None:
-        """What check_room says in an error; None: there is room."""
+    def seconds_to_room(self, texts: int, tokens: int, work: int, deadline: float, ahead: int = 0) -> float | None:
+        """In how many seconds there should be room for so many texts, the largest of which has so much `work`.
+
+        None: there is. There is none where what they would wait for takes longer than the queue may, or half of the
+        time that is left; texts that are `ahead`, and will be submitted first, count as waiting.
+        """
         limits, now = self._limits, time.monotonic()
         patience = max(0.0, min(limits.queue_seconds, (deadline - now) / 2))
         excess_texts = len(self._foreground.texts) + ahead + texts - limits.queue_texts
         excess_tokens = self._foreground.tokens + tokens - limits.queue_tokens
-        excess_seconds = self.backlog_seconds + self._pace.seconds(texts=ahead) - patience
+        waits = self._pace.seconds(admitted=self._foreground.admitted_before(work)) + self._pace.seconds(texts=ahead)
+        excess_seconds = waits - patience
         if excess_texts <= 0 and excess_tokens <= 0 and excess_seconds <= 0:
             return None
         seconds = max(excess_seconds, self._pace.seconds(admitted=excess_tokens, texts=excess_texts))
@@ -143,7 +144,8 @@ class Batcher:
             if self._stopping:
                 raise Draining
             if not background:
-                self.check_room(len(texts), sum(len(text.ids) for text in texts), deadline)
+                largest = max(text.work for text in texts)
+                self.check_room(len(texts), sum(len(text.ids) for text in texts), largest, deadline)
             elif len(pool.texts) + len(texts) > self._lookahead:
                 raise QueueFull(self.backlog_seconds)
             if not self._foreground.texts:
@@ -158,9 +160,8 @@ class Batcher:
         return job
 
     def candidates(self, *, background: bool) -> Sequence[Waiting]:
-        """The oldest texts that wait."""
-        pool = self._background if background else self._foreground
-        return list(islice(pool.texts.values(), self._lookahead))
+        """The oldest texts of each size that wait."""
+        return (self._background if background else self._foreground).oldest(self._lookahead)
 
     def run(self, leader: Waiting, candidates: Sequence[Waiting]) -> None:
         """Takes one iteration of the leader and of those that fit it; answers those who are done."""

@@ -31,7 +31,7 @@ from service.routing import Plan
 from service.runtime import Runtime
 from service.schemas import ClassifyAnswer, ClassifyRequest, Timings, parse_request
 from service.settings import Settings
-from service.texts import Encoded, encode, probabilities, texts_to_run, to_result
+from service.texts import Encoded, encode, likely_work, probabilities, texts_to_run, to_result
 
 if TYPE_CHECKING:
     from service.shadow import Shadows
@@ -136,7 +136,9 @@ async def _run(
 ) -> list[Outcome]:
     """Have one model answer the texts in these places; a failure of one is the whole list's."""
     call: Call = request.state.call
-    model.batcher.check_room(len(places), 0, deadline)  # before tokenizing, which would be for nothing
+    longest = max(len(asked.texts[place]) for place in places)
+    work = likely_work(longest, asked.max_iterations, model.manifest)
+    model.batcher.check_room(len(places), 0, work, deadline)  # before tokenizing, which would be for nothing
     started = time.monotonic()
     encoded = await tokenize(model, asked, places)
     tokenize_seconds = time.monotonic() - started

@@ -18,6 +18,7 @@ from service.logs import Call
 from service.problems import problem_response
 from service.runtime import Runtime
 from service.schemas import parse_request
+from service.texts import likely_work
 
 if TYPE_CHECKING:
     from prometheus_client import Counter as Count
@@ -26,6 +27,7 @@ LARGEST_BODY = 16_384  # bytes; a larger one goes the long way
 LONG_WAY = frozenset({b"expect", b"content-encoding"})  # as does a request with one of these headers
 DECIDING = (b'"task"', b'"architecture"', b'"routing_key"', b'"deadline_ms"')  # whether there is room
 CROWDED_SECONDS = 0.02  # a queue that was full is looked at again, for each request that may be refused
+ANY = 2**62  # more work than any text has
 ID = b"0" * 32
 
 RawHeaders = list[tuple[bytes, bytes]]
@@ -68,7 +70,8 @@ class EarlyRefusals:
                 longest = min(longest, (asked.deadline_ms or math.inf) / 1000)
             call.id = _offered_id(raw_headers) or new_id()
             model = self._runtime.choose(task, architecture, call.id, routing_key).first
-            seconds = model.batcher.seconds_to_room(1, 1, call.started + longest, self._ahead)
+            work = likely_work(len(body), None, model.manifest)
+            seconds = model.batcher.seconds_to_room(1, 1, work, call.started + longest, self._ahead)
         except RefrainError:
             seconds = None
         if seconds is None:
@@ -108,7 +111,7 @@ class EarlyRefusals:
     def _is_any_full(self, now: float) -> bool:
         models = self._runtime.serving.models.values()
         deadline = now + self._longest
-        return any(model.batcher.seconds_to_room(1, 1, deadline, self._ahead) is not None for model in models)
+        return any(model.batcher.seconds_to_room(1, 1, ANY, deadline, self._ahead) is not None for model in models)
 
     def _is_plain(self, raw_headers: RawHeaders) -> bool:
         headers = dict(raw_headers)

@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from service.errors import RefrainError
@@ -19,6 +20,9 @@ CALL_TOKENS = 6
 """What a call of the engine costs besides its tokens, in tokens: padding below that is cheaper than a second call."""
 MEMORY = 0.95
 """How much of what was measured before a turn still counts after it."""
+
+LARGER = 4
+"""So many times larger, and a text does not delay one that comes later."""
 
 Exit = Literal["depth", "confidence", "overload", "deadline"]
 
@@ -35,6 +39,11 @@ class Text:
     max_iterations: int
     exit_threshold: float | None = None
     may_be_cut: bool = False
+
+    @property
+    def work(self) -> int:
+        """What it may ask of the engine in all, in tokens."""
+        return self.max_iterations * (len(self.ids) + CALL_TOKENS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,31 +126,64 @@ class Waiting:
     @property
     def admitted(self) -> int:
         """What it might have asked when it came."""
-        return self.text.max_iterations * self.turn
+        return self.text.work
+
+
+@dataclass(slots=True)
+class _Size:
+    """Texts that ask alike much, in order of arrival, and how much that is together."""
+
+    texts: dict[int, Waiting] = field(default_factory=dict)
+    admitted: int = 0
 
 
 class Pool:
-    """Texts in order of arrival, and how much they are."""
+    """Texts by size, and how much they are.
+
+    A size is everything up to twice as much work, so that what is small is found behind any number of large ones.
+    """
 
     def __init__(self) -> None:
-        self.texts: dict[int, Waiting] = {}
+        self.texts: dict[int, Waiting] = {}  # in order of arrival
         self.tokens = 0
-        self.admitted = 0
         self.until = -math.inf  # the latest deadline that came: by then it is empty
+        self._sizes: dict[int, _Size] = {}
+
+    @property
+    def admitted(self) -> int:
+        """What all of them might have asked when they came."""
+        return sum(size.admitted for size in self._sizes.values())
+
+    def admitted_before(self, work: int) -> int:
+        """What those might have asked that a newcomer with so much work does not overtake: up to LARGER times its size.
+
+        One that is larger still is overtaken within a small part of the time that it has waited.
+        """
+        largest = work.bit_length() + LARGER.bit_length() - 1
+        return sum(size.admitted for of, size in self._sizes.items() if of <= largest)
+
+    def oldest(self, most: int) -> list[Waiting]:
+        """The oldest of each size, `most` in all but one of each at least."""
+        sizes = [size.texts for size in self._sizes.values() if size.texts]
+        return [waiting for texts in sizes for waiting in islice(texts.values(), max(1, most // len(sizes)))]
 
     def add(self, waiting: Waiting) -> None:
         """Takes a text in."""
         self.texts[waiting.number] = waiting
         self.tokens += waiting.length
-        self.admitted += waiting.admitted
         self.until = max(self.until, waiting.deadline)
+        size = self._sizes.setdefault(waiting.admitted.bit_length(), _Size())
+        size.texts[waiting.number] = waiting
+        size.admitted += waiting.admitted
 
     def remove(self, waiting: Waiting) -> bool:
         """Lets a text go; False if it has gone already."""
         if self.texts.pop(waiting.number, None) is None:
             return False
         self.tokens -= waiting.length
-        self.admitted -= waiting.admitted
+        size = self._sizes[waiting.admitted.bit_length()]
+        del size.texts[waiting.number]
+        size.admitted -= waiting.admitted
         return True
 
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 from service.batcher import temperature_after
 from service.bundle import Bundle, Manifest
-from service.jobs import Answer, Text
+from service.jobs import CALL_TOKENS, Answer, Text
 from service.schemas import Options, Result
+
+CHARACTERS = 4  # of a token, in English
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,22 @@ def encode(bundle: Bundle, texts: Sequence[str]) -> list[Encoded]:
 
 def texts_to_run(asked: Options, manifest: Manifest, encoded: Sequence[Encoded], sure: float = 0.0) -> list[Text]:
     """Say what each text asks of the batcher; none leaves early while it is less sure than `sure`."""
-    iterations = asked.max_iterations or manifest.iterations
-    depth = 1 if manifest.iterations == 1 else iterations  # a baseline has no second pass to offer
+    depth = _depth(asked.max_iterations, manifest)
     calibrated = manifest.calibration.exit_threshold
     threshold = calibrated if asked.exit_threshold is None else asked.exit_threshold
     threshold = None if threshold is None else max(threshold, sure)
     return [Text(text.ids, depth, threshold, asked.allow_fewer_iterations) for text in encoded]
+
+
+def likely_work(characters: int, max_iterations: int | None, manifest: Manifest) -> int:
+    """What a text of so many characters asks of the engine, in tokens, as far as one can tell before tokenizing."""
+    tokens = min(characters // CHARACTERS + 1, manifest.max_tokens)
+    return _depth(max_iterations, manifest) * (tokens + CALL_TOKENS)
+
+
+def _depth(max_iterations: int | None, manifest: Manifest) -> int:
+    # A baseline has no second pass to offer.
+    return 1 if manifest.iterations == 1 else max_iterations or manifest.iterations
 
 
 def to_result(asked: Options, bundle: Bundle, text: Encoded, answer: Answer, top_k: int | None = None) -> Result:

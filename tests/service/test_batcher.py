@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -25,7 +26,7 @@ from service.errors import (
     QueueFull,
     RefrainError,
 )
-from service.jobs import Answer, Exit, Job, Text
+from service.jobs import Answer, Exit, Job, Pool, Text, Waiting
 from tests.service.fakes import FakeEngine, FloatArray, wait_until
 
 SECONDS = 10.0
@@ -226,7 +227,7 @@ def test_a_list_is_taken_whole_or_not_at_all() -> None:
         assert setup.batcher.queue_depth == 3
         last = setup.submit(text(5))
         with pytest.raises(QueueFull):
-            setup.batcher.check_room(1, 1, time.monotonic() + SECONDS)
+            setup.batcher.check_room(1, 1, 1, time.monotonic() + SECONDS)
         setup.release()
         answers(last)
         answers(setup.submit(*(text(n) for n in range(4))))
@@ -462,6 +463,56 @@ def test_the_queue_is_bounded_in_measured_time_too() -> None:
         setup.release()
         wait_until(lambda: setup.batcher.queue_depth == 0)
         answers(setup.submit(*[text(1)] * 20))  # whatever a list takes by itself, an empty queue takes it
+
+
+LONG = text(*[7] * 200, iterations=4)
+
+
+def test_a_short_text_runs_before_any_number_of_long_ones_that_came_first() -> None:
+    with running(batch_tokens=400, queue_texts=10_000, queue_tokens=10**6) as setup:
+        setup.hold()
+        long_ones, short = setup.submit(*[LONG] * 300), setup.submit(text(2))
+        left = Future[int]()
+        short.future.add_done_callback(lambda _: left.set_result(setup.batcher.queue_depth))
+        setup.release()
+        assert left.result(SECONDS) > 290
+        answers(long_ones)
+
+
+def test_long_texts_leave_room_for_short_ones_but_not_for_their_like() -> None:
+    with running(Slow(), queue_seconds=0.5, queue_texts=10_000, queue_tokens=10**6) as setup:
+        learn(setup)
+        setup.hold()
+        setup.submit(*[LONG] * 50)
+        assert setup.batcher.backlog_seconds > 10
+        short = setup.submit(text(2))
+        with pytest.raises(QueueFull):
+            setup.submit(text(*[7] * 60, iterations=4))
+        setup.release()
+        answers(short)
+        setup.batcher.stop(timeout=0)
+
+
+@given(st.lists(st.tuples(st.integers(1, 300), st.integers(1, 16)), min_size=1, max_size=60), st.integers(1, 40))
+def test_the_oldest_of_each_size_is_always_looked_at(asked: list[tuple[int, int]], most: int) -> None:
+    batcher = Batcher(FakeEngine(), EngineThread(stuck_seconds=1), limits=Limits(1, 1, 1), observer=Recorder())
+    pool = Pool()
+    for number, (length, iterations) in enumerate(asked):
+        one = text(*[1] * length, iterations=iterations)
+        pool.add(Waiting(number, one, batcher, pool, Job(lambda _: None), 0.0, 0.0))
+    found = [waiting.number for waiting in pool.oldest(most)]
+    works = [waiting.admitted for waiting in pool.texts.values()]
+    heads = {work.bit_length(): number for number, work in reversed(list(enumerate(works)))}
+    assert set(heads.values()) <= set(found)
+    assert len(found) == len(set(found)) <= max(most, len(heads))
+    for waiting in list(pool.texts.values()):
+        before = pool.admitted_before(waiting.admitted)
+        assert sum(work for work in works if work <= 4 * waiting.admitted) <= before
+        assert before <= sum(work for work in works if work < 8 * waiting.admitted)
+        assert pool.remove(waiting)
+        works.remove(waiting.admitted)
+        assert pool.admitted == sum(works)
+    assert not pool.oldest(most)
 
 
 def test_who_would_hardly_be_answered_in_time_is_refused_at_once() -> None:
