@@ -143,6 +143,7 @@ class Connection(HttpToolsProtocol):
             raise HeadersTooLarge(HEAD_BYTES, HEADERS)
         if self.parser.get_method() == b"CONNECT":
             raise InvalidHTTP("CONNECT is for proxies.")
+        self._check_framing()
         if self.parser.should_upgrade():
             return  # it comes again, see _parse
         if self._over and self.url.partition(b"?")[0].decode("latin-1") not in OPEN_PATHS:
@@ -156,6 +157,14 @@ class Connection(HttpToolsProtocol):
             self._held = b"" if self._refusals.may_come(self.headers) else None
         if self._held is None:
             self._begin()
+
+    def _check_framing(self) -> None:
+        """What the parser lets through though two readers could understand it in two ways (RFC 9112, 3.2 and 6.1)."""
+        names = [name for name, _ in self.headers]
+        if self.parser.get_http_version() == "1.1" and names.count(b"host") != 1:
+            raise InvalidHTTP("HTTP/1.1 asks for one Host header.")
+        if b"transfer-encoding" in names and dict(self.headers)[b"transfer-encoding"].lower() != b"chunked":
+            raise InvalidHTTP("The only Transfer-Encoding that is understood is chunked.")
 
     def _begin(self) -> None:
         super().on_headers_complete()

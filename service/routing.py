@@ -9,6 +9,8 @@ from typing import Generic, TypeVar
 
 from service.errors import SettingsError
 
+DIGITS = 9  # of a weight: enough for any share, and never infinite as a float
+
 Who = TypeVar("Who")
 Other = TypeVar("Other")
 
@@ -170,8 +172,10 @@ def _parse_weights(argument: str) -> dict[str, float]:
     weights: dict[str, float] = {}
     for part in argument.split(","):
         name, _, weight = (piece.strip() for piece in part.partition("="))
-        if not name or name in weights or not weight.isdecimal():
-            raise ValueError(f"{part!r} is not: the weight is a whole number, each name comes once")
+        if not name or name in weights or not weight.isdecimal() or len(weight) > DIGITS:
+            raise ValueError(
+                f"{part!r} is not: the weight is a whole number of at most {DIGITS} digits, each name comes once"
+            )
         weights[name] = float(weight)
     if len(weights) < 2:
         raise ValueError(f"two names are needed, and fixed:{name} is for one")

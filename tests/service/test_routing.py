@@ -137,6 +137,7 @@ def test_a_plan_is_resolved_whole() -> None:
         ("split:recurrent=90", "must be split:NAME=WEIGHT,NAME=WEIGHT; two names are needed, and fixed:recurrent is"),
         ("split:recurrent", "must be split:NAME=WEIGHT,NAME=WEIGHT; 'recurrent' is not"),
         ("split:recurrent=-1", "the weight is a whole number"),
+        (f"split:recurrent={'9' * 400},baseline=1", "at most 9 digits"),
         ("split:recurrent=1,recurrent=2", "each name comes once"),
         ("split:recurrent=0,baseline=0", "one weight must be above 0"),
         ("split:recurent=1,baseline=1", "names recurent, but loaded are baseline, recurrent"),
