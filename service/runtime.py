@@ -39,7 +39,7 @@ LINGER_SECONDS = 1.0  # after the last answer: kept-alive clients meet a 503 wit
 LONGEST_BODIES = 64  # that may be in memory at once
 RETIRE_SECONDS = 0.05  # between two looks whether a model that was replaced is still needed
 
-GARBAGE = 20_000  # objects more than before, at which it is looked for: requests leave next to none
+GARBAGE = 200_000  # objects more than before, at which it is looked for: requests leave next to none
 
 FindBundles = Callable[[], Sequence[Bundle]]
 
