@@ -1,7 +1,9 @@
 """The proof that a bundle answers as the model does, through the engine that will serve it."""
 
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +56,9 @@ def run_portable(path: Path, ids: Sequence[Sequence[int]]) -> FloatArray:
 def _in_batches(run: Callable[[Sequence[Sequence[int]]], FloatArray], ids: Sequence[Sequence[int]]) -> FloatArray:
     """What `run` makes of batches of like length, (R, B, C) each, joined in the texts' order."""
     batches = sorted_batches([len(row) for row in ids], BATCH_SIZE)
-    parts = [run([ids[index] for index in batch]) for batch in batches]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # a session runs in as many threads as call it
+        running = pool.map(lambda batch: run([ids[index] for index in batch]), batches)
+        parts = list(tqdm(running, total=len(batches), desc="answers", unit="batch", leave=False, delay=2))
     order_N = np.argsort([index for batch in batches for index in batch])
     return np.concatenate(parts, axis=1)[:, order_N]
 

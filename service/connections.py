@@ -7,6 +7,7 @@ import math
 import resource
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
@@ -42,17 +43,19 @@ class _CycleTransport:
     """What a request's cycle sees of the transport.
 
     It writes an answer's head together with what follows, since each write is a call of the system; and its closing
-    spares the answer that is on its way.
+    spares the answer that is on its way. The cycle holds it, so it must not hold the cycle: both would be left to the
+    collector, with all that the request brought.
     """
 
     def __init__(self, cycle: RequestResponseCycle, transport: asyncio.Transport, close: Callable[[], None]) -> None:
-        self._cycle, self._transport = cycle, transport
+        self._cycle, self._transport = weakref.ref(cycle), transport
         # To HEAD nothing follows.
         self._head: bytes | None = b"" if cycle.scope["method"] == "HEAD" else None
         self.close, self.is_closing = close, transport.is_closing
 
     def write(self, data: bytes) -> None:
-        if self._head is None and self._cycle.response_started:
+        cycle = self._cycle()
+        if self._head is None and cycle is not None and cycle.response_started:
             self._head = data
         else:
             self._transport.write((self._head or b"") + data)

@@ -81,6 +81,19 @@ def test_quality_is_the_manifests() -> None:
             assert re.search(rf"^\| {architecture} .*{precision}.*\| {re.escape(shown)} \|", README, flags=re.MULTILINE)
 
 
+def test_quality_on_other_splits_is_the_manifests() -> None:
+    manifests = [
+        json.loads((ROOT / f"models/sentiment-{architecture}/manifest.json").read_text())["quality"]
+        for architecture in ("recurrent", "baseline")
+    ]
+    part = README[README.index("| accuracy / macro F1") : README.index("Both learned from single sentences")]
+    shown = [line.split(" | ", 1)[1].rstrip(" |") for line in part.strip().splitlines()[2:]]
+    assert len(shown) == len(manifests[0])
+    for cells, split in zip(shown, manifests[0], strict=True):
+        lasts = [quality[split][precision][-1] for quality in manifests for precision in ("fp32", "int8")]
+        assert cells == " | ".join(f"{last['accuracy']:.4f} / {last['macro_f1']:.4f}" for last in lasts)
+
+
 def test_make_targets_and_files_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in set(re.findall(r"(?:^|`)make ([a-z-]+)", README, flags=re.MULTILINE)):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from http.client import HTTPConnection
 
 import pytest
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from service.errors import StartError
 from service.server import Server
@@ -16,6 +20,20 @@ from tests.service.fakes import fake_app, fake_bundle, wait_until
 from tests.service.live import classify_bytes, live, reply
 
 LEAVERS = 1000
+
+
+def test_a_request_leaves_nothing_to_the_garbage_collector() -> None:
+    with live() as served, closing(HTTPConnection("127.0.0.1", served.port, timeout=10)) as connection:
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(20):
+                connection.request("POST", "/classify", json.dumps({"inputs": "a text"}))
+                assert connection.getresponse().read()
+            left = sum(isinstance(found, RequestResponseCycle) for found in gc.get_objects())
+        finally:
+            gc.enable()
+    assert left <= 2
 
 
 def test_nothing_runs_for_a_client_that_left() -> None:
