@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from http import HTTPStatus
 from typing import Any
 
 import pytest
@@ -74,6 +75,8 @@ def test_the_openapi_document_is_true(api: BaseSchema, mode: GenerationMode) -> 
         def check(case: Any) -> None:
             aim(case)
             response = case.call()
+            if response.status_code == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+                return  # more texts than a request may have: a refusal, though the checks do not know it for one
             told = response.json().get("code") if response.status_code in (422, 504) else None
             case.validate_response(response, excluded_checks=LENIENT if told in BEYOND_SCHEMA else [])
 
