@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 LARGEST_BODY = 16_384  # bytes; a larger one goes the long way
 LONG_WAY = frozenset({b"expect", b"content-encoding"})  # as does a request with one of these headers
-DECIDING = (b'"task"', b'"architecture"', b'"routing_key"', b'"deadline_ms"')  # whether there is room
+# Whether there is room; a list's texts may each be small.
+DECIDING = (b'"task"', b'"architecture"', b'"routing_key"', b'"deadline_ms"', b'"max_iterations"', b"[")
 CROWDED_SECONDS = 0.02  # a queue that was full is looked at again, for each request that may be refused
 ANY = 2**62  # more work than any text has
 ID = b"0" * 32
@@ -61,16 +62,17 @@ class EarlyRefusals:
         answer has; None: it is let through.
         """
         call = Call("", "POST", "/classify", time.monotonic(), code=QueueFull.status)
-        task = architecture = routing_key = None
-        longest = self._longest
+        task = architecture = routing_key = max_iterations = None
+        longest, characters = self._longest, len(body)
         try:
             if any(field in body for field in DECIDING):
                 asked = parse_request(body)
                 task, architecture, routing_key = asked.task, asked.architecture, asked.routing_key
                 longest = min(longest, (asked.deadline_ms or math.inf) / 1000)
+                characters, max_iterations = max(map(len, asked.texts)), asked.max_iterations
             call.id = _offered_id(raw_headers) or new_id()
             model = self._runtime.choose(task, architecture, call.id, routing_key).first
-            work = likely_work(len(body), None, model.manifest)
+            work = likely_work(characters, max_iterations, model.manifest)
             seconds = model.batcher.seconds_to_room(1, 1, work, call.started + longest, self._ahead)
         except RefrainError:
             seconds = None

@@ -124,7 +124,7 @@ def _served(cell: Cell, number: int, subject: Target, options: BenchOptions, log
     if cell.kind == "mixed":
         for name, recording in recordings.items():
             figures |= latencies(recording.milliseconds, f"{name}_")
-    return Measured(cell, number, figures, seen.failures)
+    return Measured(cell, number, figures, seen.failures | seen.probes.failures)
 
 
 def traffic(
@@ -166,7 +166,8 @@ class Seen:
 
     @property
     def failures(self) -> dict[str, int]:
-        together: dict[str, int] = dict(self.probes.failures)
+        """Of requests; those of probes are their own."""
+        together: dict[str, int] = {}
         for recording in self.recordings:
             for reason, count in recording.failures.items():
                 together[reason] = together.get(reason, 0) + count

@@ -33,6 +33,7 @@ class Overload:
     turned_away: int
     unexpected: dict[str, int]
     """Every other way that a request ended: errors, wrong answers, none at all."""
+    probe_failures: dict[str, int]
     figures: dict[str, float]
     per_second: list[int]
     memory: list[tuple[float, Memory]]
@@ -97,6 +98,7 @@ def judged(mode: ModeName, before: float, after: float, arrivals: float, seen: S
         late=seen.late,
         turned_away=sum(refused.values()),
         unexpected={reason: count for reason, count in failures.items() if reason not in refused},
+        probe_failures=dict(seen.probes.failures),
         figures=cells.load_figures(seen, 1),
         per_second=seen.per_second,
         memory=seen.memory,

@@ -188,6 +188,7 @@ def notes(results: Results) -> list[str]:
         said += [f"{where}: {count} requests failed: {reason}" for reason, count in one.failures.items()]
     if results.overload:
         said += [f"overload: {count} requests: {reason}" for reason, count in results.overload.unexpected.items()]
+        said += [f"overload: {count} probes: {reason}" for reason, count in results.overload.probe_failures.items()]
     busy = [one for one in results.measured if one.figures.get("generator_cores", 0.0) >= GENERATOR_CORES]
     if busy:
         named = "; ".join(f"{one.cell.mode}, {title(one.cell)}, round {one.round}" for one in busy)

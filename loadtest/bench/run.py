@@ -55,8 +55,9 @@ class Results:
     @property
     def sound(self) -> bool:
         """Whether every request was answered rightly, but for those that overload may turn away."""
+        over = self.overload
         failed = any(one.failures for one in self.measured)
-        return not (failed or self.faults or (self.overload and (self.overload.unexpected or self.overload.lost)))
+        return not (failed or self.faults or (over and (over.unexpected or over.probe_failures or over.lost)))
 
 
 def run(options: BenchOptions, folder: Path) -> Results:

@@ -1,6 +1,7 @@
 """Which cells a run has, the arithmetic over its rounds, and the files, from cells made up here."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -126,12 +127,13 @@ def test_a_part_of_a_run_is_reported_too(tmp_path: Path) -> None:
     assert (RESULTS.sound, few.sound) == (True, False)
 
 
-def overloaded(**failures: int) -> overload.Overload:
+def overloaded(probes: Probes | None = None, **failures: int) -> overload.Overload:
     recording = Recording(
         milliseconds=[5.0] * 80, failures={name.replace("_", " "): count for name, count in failures.items()}
     )
     memory = [(float(second), Memory(0, 100 + (second if second > 50 else 0))) for second in range(101)]
-    return judged("recurrent", 8.0, 12.0, 16.0, Seen(10.0, 165, 5, [recording], [8] * 10, [1.0], memory, Probes()))
+    seen = Seen(10.0, 165, 5, [recording], [8] * 10, [1.0], memory, probes or Probes())
+    return judged("recurrent", 8.0, 12.0, 16.0, seen)
 
 
 def test_overload_is_judged_by_what_is_answered_and_by_how_the_rest_ended() -> None:
@@ -143,6 +145,9 @@ def test_overload_is_judged_by_what_is_answered_and_by_how_the_rest_ended() -> N
     assert replace(RESULTS, overload=overloaded(HTTP_429_queue_full=80)).sound
     lost = overloaded(HTTP_429_queue_full=79)
     assert (lost.lost, replace(RESULTS, overload=lost).sound) == (1, False)
+    unready = overloaded(Probes(failures=Counter({"/readyz: HTTP 503": 2})), HTTP_429_queue_full=80)
+    assert (unready.lost, unready.unexpected, replace(RESULTS, overload=unready).sound) == (0, {}, False)
+    assert "overload: 2 probes: /readyz: HTTP 503" in report.notes(replace(RESULTS, overload=unready))
     table = report.overload_table(one)
     assert row(table, "turned away with 429") == ["47.9%"]
     assert row(table, "goodput / capacity") == ["0.800"]

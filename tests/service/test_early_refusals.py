@@ -75,6 +75,22 @@ def test_refusals_are_counted_one_by_one_and_logged_together() -> None:
     assert len(told) < 20
 
 
+def test_a_list_of_short_texts_is_not_taken_for_a_long_one() -> None:
+    with full(max_queue=10_000, max_inputs=256, max_queue_ms=1) as served:
+
+        def waiting() -> float:
+            return served.count("refrain_queue_depth", architecture="recurrent", task="sentiment")
+
+        long_text = {"inputs": "x" * 60, "max_iterations": 4, "exit_threshold": 1}
+        with served.send(asking(**{**long_text, "inputs": ["x" * 60] * 200})):
+            wait_until(lambda: waiting() == 201)
+            assert served.ask("POST", "/classify", long_text)[0] == 429
+            with served.send(asking(inputs=["a"] * 100)) as short_ones:
+                wait_until(lambda: waiting() == 301)
+                served.fake.recurrent.gate.set()
+                assert reply(short_ones)[0] == 200
+
+
 @pytest.mark.parametrize("chosen", [{"architecture": "baseline"}, {"task": "domain"}])
 def test_a_request_that_chooses_a_model_with_room_is_answered(chosen: dict[str, str]) -> None:
     with full() as served, served.send(asking(**chosen)) as connection:
