@@ -15,13 +15,12 @@ QUARTERS = 4
 
 
 def write_card(
-    dataset: str, recipe: Mapping[str, Any], train_lengths: Sequence[int], max_tokens: int, splits: Splits,
-    fp32: SplitLogits,
+    learned_from: Sequence[str], recipe: Mapping[str, Any], train_lengths: Sequence[int], max_tokens: int,
+    splits: Splits, fp32: SplitLogits,
 ) -> Card:  # fmt: skip
     """The card; `train_lengths` are in tokens, before anything is cut."""
-    data = [
-        Origin(name=name, hub=one.hub, kind=one.kind, language=one.language) for name, one in origins(dataset).items()
-    ]
+    sources = {(name, one): None for dataset in learned_from for name, one in origins(dataset).items()}
+    data = [Origin(name=name, hub=one.hub, kind=one.kind, language=one.language) for name, one in sources]
     lengths = Lengths(
         median=int(np.median(train_lengths)),
         percentile_95=int(np.percentile(train_lengths, 95)),

@@ -250,7 +250,7 @@ def _manifest(
     info, model, splits = source.info, source.model, source.splits
     validation = {name: logits["validation"] for name, logits in stored.logits.items()}
     quality = {name: splits.quality(logits) for name, logits in stored.logits.items()}
-    dataset, fp32 = info.provenance["dataset"], stored.logits["fp32"]
+    learned_from, fp32 = runs.learned_from(info), stored.logits["fp32"]
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         name=f"{info.task}-{info.architecture}",
@@ -270,7 +270,7 @@ def _manifest(
         },
         left_out=stored.left_out,
         training=Training(**{name: info.provenance[name] for name in Training.model_fields}),
-        card=write_card(dataset, info.options, source.train_lengths, model.config.max_tokens, splits, fp32),
+        card=write_card(learned_from, info.options, source.train_lengths, model.config.max_tokens, splits, fp32),
         quality={split: {name: found[split] for name, found in quality.items()} for split in splits.examples},
         calibration=calibrate("validation", validation, splits.examples["validation"].labels),
         parity=parity,

@@ -46,7 +46,7 @@ def prepare_run(config: RunConfig, dataset: Dataset) -> RunInfo:
         encoder=asdict(config.encoder(max(1, len(dataset.labels)), tokenizer.get_vocab_size())),
         options=options,
         provenance=provenance(dataset, config.architecture, config.seed, ("torch", "tokenizers", "accelerate"))
-        | {"initialised_from": options.get("initialised_from")},
+        | {"initialised_from": options.get("initialised_from"), "learned_from": _learned_from(config, dataset)},
     )
     runs.write_info(directory, info)
     return info
@@ -88,6 +88,13 @@ def recorded_options(config: RunConfig | LinearConfig) -> dict[str, Any]:
 
 def _run_id(run: Path | None) -> str | None:
     return str(runs.read_info(run).provenance["run_id"]) if run else None
+
+
+def _learned_from(config: RunConfig, dataset: Dataset) -> list[str]:
+    """Names of all data sets in this run's weights: its own, and what the run that it began from and teachers saw."""
+    earlier = [config.init_from, *config.teacher] if isinstance(config, TrainConfig) else []
+    names = [name for run in earlier if run for name in runs.learned_from(runs.read_info(run))]
+    return list(dict.fromkeys([*names, *dataset.name.split("+")]))
 
 
 def provenance(dataset: Dataset, architecture: str, seed: int, packages: Sequence[str]) -> dict[str, Any]:

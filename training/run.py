@@ -51,6 +51,11 @@ class RunInfo:
         return ARCHITECTURES[self.architecture](EncoderConfig(**self.encoder))
 
 
+def learned_from(info: RunInfo) -> list[str]:
+    """Names of the data sets that the weights have seen, those of earlier runs too; of old runs only their own."""
+    return list(info.provenance.get("learned_from") or [info.provenance["dataset"]])
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     replace(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 

@@ -127,6 +127,19 @@ def test_a_task_that_cannot_name_a_bundle_is_said(
     assert not (tmp_path / "out").exists()
 
 
+def test_the_card_names_the_data_of_earlier_runs_too(
+    run_dirs: Mapping[Architecture, Path], data_dir: Path, tmp_path: Path
+) -> None:
+    provenance = read_info(run_dirs["baseline"]).provenance | {
+        "learned_from": ["imdb", "sentiment", "sentences", tiny.DATASET]
+    }
+    run = altered_run(run_dirs["baseline"], tmp_path / "run", provenance=provenance)
+    card = load_bundle(export(export_options(run, tmp_path / "out", data_dir))).manifest.card
+    told = [(one.name, one.kind) for one in card.data]
+    assert told.count(("imdb", "film reviews")) == told.count(("imdb", "sentences of film reviews")) == 1
+    assert "film reviews" in card.limits[0]
+
+
 def test_only_a_bundle_or_nothing_is_replaced(
     run_dirs: Mapping[Architecture, Path], data_dir: Path, tmp_path: Path
 ) -> None:

@@ -1,7 +1,9 @@
 """Distillation: the loss is the published one, and a student learns what only its teacher knows."""
 
 import random
+import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,20 @@ def test_a_student_learns_what_only_its_teacher_knows(run: Path, mislabelled: Pa
     info = runs.read_info(tmp_path / "taught")
     assert info.options["teacher"] == [runs.read_info(run).provenance["run_id"]]
     assert str(run) not in (tmp_path / "taught" / "config.json").read_text()
+
+
+def test_a_run_tells_all_the_data_sets_that_it_learned_from(run: Path, easy_dir: Path, tmp_path: Path) -> None:
+    """Those of the run that it began from, and of its teachers, which may be older than this entry."""
+    begun, other, old = (Path(shutil.copytree(run, tmp_path / name)) for name in ("begun", "teacher", "old"))
+    info = runs.read_info(run)
+    runs.write_info(begun, replace(info, provenance=info.provenance | {"learned_from": ["sst2", "imdb"]}))
+    runs.write_info(other, replace(info, provenance=info.provenance | {"learned_from": ["imdb", "yelp_polarity"]}))
+    del info.provenance["learned_from"]
+    runs.write_info(old, info)
+    several = {"init_from": begun, "teacher": (other, old)}
+    train(tiny_config(easy_dir, tmp_path / "run", num_epochs=1, learning_rate=1e-12, **several))
+    learned_from = runs.learned_from(runs.read_info(tmp_path / "run"))
+    assert learned_from == ["sst2", "imdb", "yelp_polarity", info.provenance["dataset"]]
 
 
 def test_several_teachers_are_averaged_and_asked_once(
