@@ -8,16 +8,14 @@ from starlette.requests import Request
 from starlette.types import Receive
 
 from service.errors import BodyTooLarge, BodyTooSlow, ClientGone, EncodedBody
+from service.runtime import TakeIn
 
 
-def most_bytes(request: Request, max_bytes: int) -> int:
-    """How long the body can get: as announced, else as long as any may be."""
-    announced = request.headers.get("content-length", "")
-    return min(int(announced), max_bytes) if announced.isdecimal() else max_bytes
+async def read_body(request: Request, take_in: TakeIn, *, max_bytes: int, seconds: float) -> bytes:
+    """Read the whole body, each part of which is told to `take_in` when it has come.
 
-
-async def read_body(request: Request, *, max_bytes: int, seconds: float) -> bytes:
-    """Read the whole body; raises EncodedBody and BodyTooLarge as soon as that is known, BodyTooSlow, ClientGone."""
+    Raises EncodedBody and BodyTooLarge as soon as that is known, BodyTooSlow, ClientGone, and what `take_in` raises.
+    """
     if any(coding.strip().lower() != "identity" for coding in request.headers.getlist("content-encoding")):
         raise EncodedBody
     announced = request.headers.get("content-length", "")
@@ -25,7 +23,7 @@ async def read_body(request: Request, *, max_bytes: int, seconds: float) -> byte
         raise _too_large(max_bytes)
     try:
         async with asyncio.timeout(seconds):
-            return await _collect(request.receive, max_bytes)
+            return await _collect(request.receive, take_in, max_bytes)
     except TimeoutError:
         raise BodyTooSlow(f"The body did not arrive within {seconds:g} seconds.") from None
 
@@ -36,7 +34,7 @@ async def client_left(receive: Receive) -> None:
         pass
 
 
-async def _collect(receive: Receive, max_bytes: int) -> bytes:
+async def _collect(receive: Receive, take_in: TakeIn, max_bytes: int) -> bytes:
     parts: list[bytes] = []
     size = 0
     more = True
@@ -48,6 +46,7 @@ async def _collect(receive: Receive, max_bytes: int) -> bytes:
         size += len(parts[-1])
         if size > max_bytes:
             raise _too_large(max_bytes)
+        take_in(len(parts[-1]))
         more = message.get("more_body", False)
     return b"".join(parts)
 

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive
 
-from service.body import client_left, most_bytes, read_body
+from service.body import client_left, read_body
 from service.errors import (
     ClientGone,
     DeadlineExceeded,
@@ -28,7 +28,7 @@ from service.jobs import Answer, Job
 from service.loading import Model
 from service.logs import Call
 from service.routing import Plan
-from service.runtime import Runtime
+from service.runtime import Runtime, TakeIn
 from service.schemas import ClassifyAnswer, ClassifyRequest, Timings, parse_request
 from service.settings import Settings
 from service.texts import Encoded, encode, likely_work, probabilities, texts_to_run, to_result
@@ -63,8 +63,8 @@ class Outcome:
 async def classify(request: Request) -> Response:
     """Answer POST /classify; raises RefrainError for every way that it can go wrong."""
     runtime: Runtime = request.app.state.runtime
-    with runtime.admitted(most_bytes(request, runtime.settings.max_body_bytes)):
-        asked = await _read(request, runtime.settings, request.state.call)
+    with runtime.admitted() as take_in:
+        asked = await _read(request, take_in, runtime.settings, request.state.call)
         answer = await decide(asked, request)
     return Response(answer.model_dump_json(), media_type="application/json")
 
@@ -92,8 +92,8 @@ async def decide(asked: ClassifyRequest, request: Request) -> ClassifyAnswer:
     return answer
 
 
-async def _read(request: Request, settings: Settings, call: Call) -> ClassifyRequest:
-    body = await read_body(request, max_bytes=settings.max_body_bytes, seconds=settings.body_seconds)
+async def _read(request: Request, take_in: TakeIn, settings: Settings, call: Call) -> ClassifyRequest:
+    body = await read_body(request, take_in, max_bytes=settings.max_body_bytes, seconds=settings.body_seconds)
     asked = parse_request(body)
     check_count(len(asked.texts), settings, call)
     return asked

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import resource
 import time
 import uuid
 import weakref
@@ -12,7 +11,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import httptools
-import structlog
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from service.early_refusals import EarlyRefusals
@@ -31,10 +29,10 @@ from service.runtime import Runtime
 
 HEAD_BYTES = 32_768  # request line and headers, or trailers; up to twice as much where reads happen to be cut so
 HEADERS = 128
+LENGTH_DIGITS = 19  # of a body's length; the parser takes any number of zeros before it, Python's integers do not
 PIPELINED = 16  # requests read ahead on one connection
 RESERVE = 64  # connections above the limit, so that a probe still finds a place
 LINGER_SECONDS = 2.0  # given to a client to stop sending and read its refusal
-SPARE_FILES = 128  # open files that are no connections: models, logs, the collector of the metrics
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 ASK_SECONDS, ASK_SECONDS_MOST = 0.02, 1.0  # between two looks whether a client that said its last word is still there
 
@@ -163,11 +161,13 @@ class Connection(HttpToolsProtocol):
 
     def _check_framing(self) -> None:
         """What the parser lets through though two readers could understand it in two ways (RFC 9112, 3.2 and 6.1)."""
-        names = [name for name, _ in self.headers]
-        if self.parser.get_http_version() == "1.1" and names.count(b"host") != 1:
+        headers = dict(self.headers)
+        if self.parser.get_http_version() == "1.1" and [name for name, _ in self.headers].count(b"host") != 1:
             raise InvalidHTTP("HTTP/1.1 asks for one Host header.")
-        if b"transfer-encoding" in names and dict(self.headers)[b"transfer-encoding"].lower() != b"chunked":
+        if headers.get(b"transfer-encoding", b"chunked").lower() != b"chunked":
             raise InvalidHTTP("The only Transfer-Encoding that is understood is chunked.")
+        if len(headers.get(b"content-length", b"")) > LENGTH_DIGITS:
+            raise InvalidHTTP(f"A Content-Length has at most {LENGTH_DIGITS} digits.")
 
     def _begin(self) -> None:
         super().on_headers_complete()
@@ -314,14 +314,3 @@ def check_all(connections: Iterable[object]) -> None:
     for connection in list(connections):
         assert isinstance(connection, Connection)
         connection.check(now)
-
-
-def allow_open_files(connections: int) -> None:
-    """Raise the process's soft limit of open files to what so many connections need, as far as the hard one lets us."""
-    needed = connections + RESERVE + SPARE_FILES
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-        if allowed < needed:
-            structlog.get_logger().warning("fewer connections than set", open_files=allowed, needed=needed)

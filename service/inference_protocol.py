@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from service import __version__
-from service.body import most_bytes, read_body
+from service.body import read_body
 from service.classify import check_count, decide
 from service.errors import UnknownModel
 from service.inference_schemas import (
@@ -86,8 +86,8 @@ async def model_ready(request: Request) -> ModelReady:
 async def infer(request: Request) -> Response:
     """Answer with the outputs asked for; raises RefrainError for every way that it can go wrong."""
     runtime, settings = _runtime(request), _runtime(request).settings
-    with runtime.admitted(most_bytes(request, settings.max_body_bytes)):
-        body = await read_body(request, max_bytes=settings.max_body_bytes, seconds=settings.body_seconds)
+    with runtime.admitted() as take_in:
+        body = await read_body(request, take_in, max_bytes=settings.max_body_bytes, seconds=settings.body_seconds)
         asked, binary = parse_infer(body, request.headers.get(HEADER_LENGTH))
         check_count(asked.count, settings, request.state.call)  # before so many texts are read
         texts = read_texts(asked, binary)

@@ -36,12 +36,14 @@ from service.serving import Changes, Serving, changes, load, plan, take_over
 from service.settings import Settings
 
 LINGER_SECONDS = 1.0  # after the last answer: kept-alive clients meet a 503 with `Connection: close`, not a reset
-LONGEST_BODIES = 64  # that may be in memory at once
+LONGEST_BODIES = 64  # that may be in memory at once; of shorter ones more
 RETIRE_SECONDS = 0.05  # between two looks whether a model that was replaced is still needed
 
 GARBAGE = 200_000  # objects more than before, at which it is looked for: requests leave next to none
 
 FindBundles = Callable[[], Sequence[Bundle]]
+TakeIn = Callable[[int], None]
+"""Counts so many bytes more of a request's body as in memory; QueueFull where there is no room for them."""
 
 
 class Runtime:
@@ -63,7 +65,7 @@ class Runtime:
         bundles = find()
         self.serving = plan(settings, bundles)
         self._in_flight: Counter[Serving] = Counter()  # requests by what was served when they came
-        self._body_bytes = 0  # of the requests in flight
+        self._body_bytes = 0  # of the requests in flight, as far as they have come
         self._idle_since = 0.0
         self._drain_begins = math.inf
         self._reloading = threading.Lock()
@@ -179,23 +181,30 @@ class Runtime:
             raise Starting
 
     @contextmanager
-    def admitted(self, body_bytes: int) -> Iterator[None]:
-        """Count a request as accepted, which the drain waits for, before its body of at most that size is read.
+    def admitted(self) -> Iterator[TakeIn]:
+        """Count a request as accepted, which the drain waits for, before its body is read; then what has come of that.
 
-        Raises what check_open raises, and QueueFull.
+        Raises what check_open raises, and QueueFull. What is only announced takes no room: a few clients that announce
+        much and send nothing would keep all others out.
         """
         self.check_open()
         # Each accepted request brings a text at least, so more requests than the queues hold texts have no place there.
-        serving = self.serving
-        too_many = self._in_flight.total() >= self.settings.max_queue * len(serving.models)
-        if too_many or self._body_bytes + body_bytes > LONGEST_BODIES * self.settings.max_body_bytes:
+        serving, held = self.serving, 0
+        if self._in_flight.total() >= self.settings.max_queue * len(serving.models):
             raise QueueFull(1.0)
+
+        def take_in(size: int) -> None:
+            nonlocal held
+            if self._body_bytes + size > LONGEST_BODIES * self.settings.max_body_bytes:
+                raise QueueFull(1.0)
+            self._body_bytes += size
+            held += size
+
         self._in_flight[serving] += 1
-        self._body_bytes += body_bytes
         try:
-            yield
+            yield take_in
         finally:
-            self._body_bytes -= body_bytes
+            self._body_bytes -= held
             self._in_flight[serving] -= 1
             if not self._in_flight[serving]:
                 del self._in_flight[serving]  # it would keep its models in memory

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import time
 from collections.abc import Callable
 from functools import partial
 from types import FrameType
 from typing import cast
 
+import structlog
 import uvicorn
 from fastapi import FastAPI
 
-from service.connections import Connection, allow_open_files, check_all
+from service.connections import RESERVE, Connection, check_all
 from service.early_refusals import EarlyRefusals
 from service.runtime import Runtime
 
@@ -20,6 +22,7 @@ KEEP_ALIVE_SECONDS = 75  # longer than common proxies keep theirs, so that the p
 CHECK_TICKS = 3  # tenths of a second between two looks for clients that take too long
 TELL_TICKS = 10  # tenths of a second between two lines of log that sum up early refusals
 GIVE_UP_TICKS = 10  # tenths of a second that the engines may be found dead or stuck: long enough for a probe to see it
+SPARE_FILES = 128  # open files that are no connections: models, logs, the collector of the metrics
 LAST_WORD = [(b"connection", b"close")]
 LAST_SECONDS = 1  # after the drain, for what is still running then: it was given up
 
@@ -33,7 +36,7 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, report: Callable[[str], None] = lambda phase: None) -> None:
         self._runtime: Runtime = app.state.runtime
         self._refusals = EarlyRefusals(self._runtime)
-        allow_open_files(self._runtime.settings.max_connections)
+        _allow_open_files(self._runtime.settings.max_connections)
         # No limit_concurrency: it would turn probes away too, and in plain text. Runtime.admitted bounds the work.
         config = uvicorn.Config(
             app,
@@ -78,3 +81,14 @@ class Server(uvicorn.Server):
         self._ticks_down = 0 if self._runtime.engine_thread.alive() else self._ticks_down + 1
         if self._ticks_down == GIVE_UP_TICKS:
             self._runtime.give_up()
+
+
+def _allow_open_files(connections: int) -> None:
+    """Raise the process's soft limit of open files to what so many connections need, as far as the hard one lets us."""
+    needed = connections + RESERVE + SPARE_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        if allowed < needed:
+            structlog.get_logger().warning("fewer connections than set", open_files=allowed, needed=needed)

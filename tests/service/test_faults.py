@@ -6,6 +6,7 @@ Each gets the right status or is cut off, others are answered meanwhile and afte
 from __future__ import annotations
 
 import json
+import math
 import random
 import socket
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ import pytest
 
 from service import connections
 from service.connections import HEAD_BYTES, HEADERS, PIPELINED, RESERVE
+from service.runtime import LONGEST_BODIES
 from tests.service.fakes import wait_until
 from tests.service.live import Live, classify_bytes, is_closed, live, replies, reply
 
@@ -32,6 +34,7 @@ BROKEN = {
     "http2 preface": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     "two lengths": POST + b"Content-Length: 15\r\nContent-Length: 0\r\n\r\n" + b'{"inputs": "a"}',
     "list of lengths": POST + b"Content-Length: 15, 15\r\n\r\n" + b'{"inputs": "a"}',
+    "length with zeros before it": POST + b"Content-Length: %s15\r\n\r\n" % (b"0" * 5000) + b'{"inputs": "a"}',
     "signed length": POST + b"Content-Length: +15\r\n\r\n" + b'{"inputs": "a"}',
     "length, then chunked": POST + b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     "chunked, then length": POST + b"Transfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n0\r\n\r\n",
@@ -323,6 +326,32 @@ def test_idle_connections_keep_no_body_that_nobody_read(served: Live) -> None:
         for _ in range(600):
             assert reply(opened.enter_context(served.send(sent))).status == 404
         assert memory.growth() < 20 * MEGABYTE
+
+
+def test_bodies_that_are_only_announced_keep_nobody_out() -> None:
+    with live(max_body_bytes=1024) as served, ExitStack() as opened:
+        for number in range(2 * LONGEST_BODIES):
+            head = (CHUNKED, POST + b"Content-Length: 1024\r\n\r\n")[number % 2]
+            opened.enter_context(served.send(head))
+        wait_until(lambda: sum(served.fake.app.state.runtime._in_flight.values()) == 2 * LONGEST_BODIES)
+        assert_well(served)
+
+
+def test_429_when_more_of_bodies_has_come_than_there_is_room_for() -> None:
+    with live(max_body_bytes=1024) as served, ExitStack() as opened:
+        runtime = served.fake.app.state.runtime
+        most = POST + b"Content-Length: 1024\r\n\r\n" + b" " * 1000
+        for _ in range(LONGEST_BODIES + 1):
+            opened.enter_context(served.send(most))
+        wait_until(lambda: runtime._body_bytes == 1000 * (LONGEST_BODIES + 1))
+        with served.send(most) as connection:
+            answer = reply(connection)
+            assert (answer.status, answer.headers["retry-after"]) == (429, "1")
+            connection.sendall(b" " * 24 + GET + b"\r\n")  # the rest of the body is passed over
+            assert reply(connection).status == 200
+        opened.close()
+        wait_until(lambda: runtime.idle_seconds(math.inf))
+        assert_well(served)
 
 
 def test_above_the_most_connections_only_probes_are_answered() -> None:

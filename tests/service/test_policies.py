@@ -395,7 +395,7 @@ def test_a_shadow_begins_only_when_nobody_is_served_and_is_dropped_when_that_tak
 ) -> None:
     monkeypatch.setattr(shadow, "SECONDS", 0.2)
     with serving(SHADOW) as setup:
-        with setup.runtime.admitted(100):
+        with setup.runtime.admitted():
             setup.results(["a", "b"])
             wait_until(lambda: setup.shadows("dropped") == 2)
         assert setup.baseline.steps == 0

@@ -132,7 +132,7 @@ def test_a_request_that_came_before_is_never_refused_for_a_reload() -> None:
     """It has chosen its model, and its texts reach the engine only after the model was replaced."""
     shelf = Shelf([bundle(version="a" * 12)])
     with shelf.serve() as client:
-        with shelf.runtime.admitted(100):
+        with shelf.runtime.admitted():
             model = shelf.runtime.choose(None, None, "id", None).first
             for version in ("a" * 12, "b" * 12):  # the first changes nothing, the second does
                 shelf.bundles[:] = [bundle(version=version)]

@@ -14,7 +14,7 @@ from tests.service.fakes import fake_app, running
 
 def test_nothing_is_admitted_before_the_models_are_there() -> None:
     runtime: Runtime = fake_app().app.state.runtime
-    with pytest.raises(Starting), runtime.admitted(100):
+    with pytest.raises(Starting), runtime.admitted():
         pass
 
 
@@ -35,7 +35,7 @@ def test_a_drain_ends_a_little_after_the_last_answer() -> None:
     fake = fake_app(drain_seconds=100)
     runtime: Runtime = fake.app.state.runtime
     with running(fake):
-        with runtime.admitted(100):
+        with runtime.admitted():
             runtime.drain()
             began = time.monotonic()
             assert not runtime.drained(began + LINGER_SECONDS + 1)
@@ -43,7 +43,7 @@ def test_a_drain_ends_a_little_after_the_last_answer() -> None:
         ended = time.monotonic()
         assert not runtime.drained(ended)
         assert runtime.drained(ended + LINGER_SECONDS)
-        with pytest.raises(Draining), runtime.admitted(100):
+        with pytest.raises(Draining), runtime.admitted():
             pass
 
 
@@ -57,7 +57,7 @@ def test_a_drain_may_begin_later_and_the_earliest_beginning_counts() -> None:
             check()
         with pytest.raises(Draining):
             runtime.check_ready()
-        with runtime.admitted(100):
+        with runtime.admitted():
             assert not runtime.drained(began + 100 + LINGER_SECONDS)
             assert runtime.drained(time.monotonic() + 150)
         assert not runtime.drained(began + 99)
@@ -78,7 +78,7 @@ def test_it_is_idle_from_the_last_answer_on() -> None:
     runtime: Runtime = fake.app.state.runtime
     with running(fake), ExitStack() as accepted:
         for _ in range(2):
-            accepted.enter_context(runtime.admitted(100))
+            accepted.enter_context(runtime.admitted())
         assert runtime.idle_seconds(time.monotonic() + 100) == 0
         accepted.close()
         assert 99 < runtime.idle_seconds(time.monotonic() + 100) <= 101
@@ -93,19 +93,20 @@ def test_no_more_requests_are_taken_in_than_the_queues_have_places() -> None:
     runtime: Runtime = fake.app.state.runtime
     with running(fake), ExitStack() as accepted:
         for _ in runtime.serving.models:
-            accepted.enter_context(runtime.admitted(100))
+            accepted.enter_context(runtime.admitted())
         with pytest.raises(QueueFull):
-            accepted.enter_context(runtime.admitted(100))
+            accepted.enter_context(runtime.admitted())
 
 
-def test_the_bodies_of_all_requests_together_are_bounded() -> None:
+def test_what_has_come_of_all_bodies_together_is_bounded() -> None:
     fake = fake_app(max_body_bytes=1024)
     runtime: Runtime = fake.app.state.runtime
     with running(fake), ExitStack() as accepted:
-        for _ in range(LONGEST_BODIES):
-            accepted.enter_context(runtime.admitted(1024))
+        for _ in range(2 * LONGEST_BODIES):
+            accepted.enter_context(runtime.admitted())(512)
+        last = accepted.enter_context(runtime.admitted())
         with pytest.raises(QueueFull):
-            accepted.enter_context(runtime.admitted(1))
+            last(1)
         accepted.close()
-        with runtime.admitted(1024):
-            pass
+        with runtime.admitted() as take_in:
+            take_in(1024)
