@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import structlog
@@ -17,7 +17,7 @@ import structlog
 from service.engine import FloatArray
 from service.engine_thread import EngineThread
 from service.errors import DeadlineExceeded, Draining, EngineDown, InferenceFailed, QueueFull, RefrainError
-from service.jobs import CALL_TOKENS, MEMORY, Answer, Exit, Job, Pace, Pool, Result, Text, Waiting
+from service.jobs import CALL_TOKENS, MEMORY, Answer, Drop, Exit, Job, Pace, Pool, Result, Text, Waiting
 from service.scheduling import choose_batch, cut_short
 
 LOOKAHEAD, SHORT = 256, 4
@@ -45,7 +45,7 @@ class Observer(Protocol):
 
     def batch(self, texts: int, real_tokens: int, padding_tokens: int) -> None: ...
     def exit(self, reason: Exit, iterations: int) -> None: ...
-    def dropped(self, reason: Literal["deadline", "client"], texts: int) -> None: ...
+    def dropped(self, reason: Drop, texts: int) -> None: ...
     def queued(self, texts: int) -> None: ...
 
 
@@ -189,16 +189,15 @@ class Batcher:
         self._refuse(EngineDown)
         self._changed.notify_all()
 
-    def _drop(self, job: Job) -> None:
+    def _drop(self, job: Job, reason: Drop) -> None:
         with self._changed:
-            dropped = [waiting for waiting in job.texts if waiting.pool.remove(waiting)]
-            job.texts = []
+            if dropped := [waiting for waiting in job.texts if waiting.pool.remove(waiting)]:
+                job.texts = []  # else all are done, and the engine's thread is about to hand them over
             self._observer.queued(self.queue_depth)
             self._changed.notify_all()
         job.future.cancel()
         if dropped:
-            late = time.monotonic() >= dropped[0].deadline
-            self._observer.dropped("deadline" if late else "client", len(dropped))
+            self._observer.dropped(reason, len(dropped))
 
     def _without_late(self, batch: list[Waiting], now: float) -> list[Waiting]:
         """Those whose deadline has not passed; the others get their error instead of a place in the batch."""

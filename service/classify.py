@@ -201,9 +201,10 @@ async def _wait(job: Job, receive: Receive) -> list[Answer | RefrainError]:
     try:
         await over
     finally:
+        left = gone.done()
         gone.cancel()
         if not job.future.done():
-            job.abandon()
+            job.abandon("client" if left else "deadline")
     if job.future.cancelled():
         raise ClientGone
     return job.future.result()

@@ -25,6 +25,7 @@ LARGER = 4
 """So many times larger, and a text does not delay one that comes later."""
 
 Exit = Literal["depth", "confidence", "overload", "deadline"]
+Drop = Literal["deadline", "client"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +69,15 @@ Result = Answer | RefrainError
 class Job:
     """The texts of one request. `future` holds their results in order, an error in the place of a text that failed."""
 
-    def __init__(self, drop: Callable[[Job], None]) -> None:
+    def __init__(self, drop: Callable[[Job, Drop], None]) -> None:
         self.future: Future[list[Result]] = Future()
         self.texts: list[Waiting] = []
         self._drop = drop
         self._answered = 0
 
-    def abandon(self) -> None:
+    def abandon(self, reason: Drop) -> None:
         """Nobody waits any more: what is not yet done is dropped. May be called at any time, more than once."""
-        self._drop(self)
+        self._drop(self, reason)
 
     def answered(self) -> bool:
         """Counts a text whose result is there; True for the last one. For one thread at a time."""
@@ -138,7 +139,7 @@ class _Size:
 
 
 class Pool:
-    """Texts by size, and how much they are.
+    """Texts by size, and how much they are, which any thread may ask.
 
     A size is everything up to twice as much work, so that what is small is found behind any number of large ones.
     """
@@ -146,13 +147,9 @@ class Pool:
     def __init__(self) -> None:
         self.texts: dict[int, Waiting] = {}  # in order of arrival
         self.tokens = 0
+        self.admitted = 0  # what all of them might have asked when they came
         self.until = -math.inf  # the latest deadline that came: by then it is empty
         self._sizes: dict[int, _Size] = {}
-
-    @property
-    def admitted(self) -> int:
-        """What all of them might have asked when they came."""
-        return sum(size.admitted for size in self._sizes.values())
 
     def admitted_before(self, work: int) -> int:
         """What those might have asked that a newcomer with so much work does not overtake: up to LARGER times its size.
@@ -160,7 +157,7 @@ class Pool:
         One that is larger still is overtaken within a small part of the time that it has waited.
         """
         largest = work.bit_length() + LARGER.bit_length() - 1
-        return sum(size.admitted for of, size in self._sizes.items() if of <= largest)
+        return sum(size.admitted for of, size in list(self._sizes.items()) if of <= largest)
 
     def oldest(self, most: int) -> list[Waiting]:
         """The oldest of each size, `most` in all but one of each at least."""
@@ -171,6 +168,7 @@ class Pool:
         """Takes a text in."""
         self.texts[waiting.number] = waiting
         self.tokens += waiting.length
+        self.admitted += waiting.admitted
         self.until = max(self.until, waiting.deadline)
         size = self._sizes.setdefault(waiting.admitted.bit_length(), _Size())
         size.texts[waiting.number] = waiting
@@ -181,6 +179,7 @@ class Pool:
         if self.texts.pop(waiting.number, None) is None:
             return False
         self.tokens -= waiting.length
+        self.admitted -= waiting.admitted
         size = self._sizes[waiting.admitted.bit_length()]
         del size.texts[waiting.number]
         size.admitted -= waiting.admitted

@@ -32,7 +32,6 @@ class Call:
     tokens: int | None = None
     iterations: int | None = None
     passed_on: int | None = None  # texts that a cascade's first model left to its second
-    client_gone: bool = False
     timings_ms: dict[str, float] = field(default_factory=dict)
 
 
@@ -73,7 +72,6 @@ def write_call(call: Call) -> None:
         "tokens": call.tokens,
         "iterations": call.iterations,
         "passed_on": call.passed_on,
-        "client_gone": call.client_gone or None,
     }
     line = {key: value for key, value in known.items() if value is not None}
     write = _log.debug if call.path in QUIET_PATHS else _log.info

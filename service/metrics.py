@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -23,7 +23,7 @@ from prometheus_client import (
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.values import MultiProcessValue
 
-from service.jobs import Exit
+from service.jobs import Drop, Exit
 from service.process_tree import ProcessTree
 from service.scratch import scratch_directory
 
@@ -225,7 +225,7 @@ class ModelObserver:
         self._exits = {reason: metrics.exits.labels(reason, *model) for reason in get_args(Exit)}
         self._queue_depth = metrics.queue_depth.labels(*model)
         self._queued = 0
-        self._dropped = {reason: metrics.dropped.labels(reason, *model) for reason in ("deadline", "client")}
+        self._dropped = {reason: metrics.dropped.labels(reason, *model) for reason in get_args(Drop)}
 
     def batch(self, texts: int, real_tokens: int, padding_tokens: int) -> None:
         """Count one run of the engine."""
@@ -243,7 +243,7 @@ class ModelObserver:
         self._exits[reason].inc()
         self._iterations.observe(iterations)
 
-    def dropped(self, reason: Literal["deadline", "client"], texts: int) -> None:
+    def dropped(self, reason: Drop, texts: int) -> None:
         """Count texts that nobody waits for any more."""
         self._dropped[reason].inc(texts)
 

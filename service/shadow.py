@@ -85,7 +85,7 @@ async def _run(model: Model, asked: ClassifyRequest, deadline: float) -> list[An
     try:
         return await asyncio.wrap_future(job.future)
     except asyncio.CancelledError:  # too late, or the process ends
-        job.abandon()
+        job.abandon("deadline")
         raise
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from service.errors import (
     QueueFull,
     RefrainError,
 )
-from service.jobs import Answer, Exit, Job, Pool, Text, Waiting
+from service.jobs import Answer, Drop, Exit, Job, Pool, Text, Waiting
 from tests.service.fakes import FakeEngine, FloatArray, wait_until
 
 SECONDS = 10.0
@@ -65,7 +66,7 @@ class Recorder:
     def exit(self, reason: Exit, iterations: int) -> None:
         self.exits.append((reason, iterations))
 
-    def dropped(self, reason: Literal["deadline", "client"], texts: int) -> None:
+    def dropped(self, reason: Drop, texts: int) -> None:
         self.drops[reason] += texts
 
     def queued(self, texts: int) -> None:
@@ -119,6 +120,17 @@ def running(
         engine.gate.set()
         batcher.stop(timeout=SECONDS)
         thread.end(timeout=SECONDS)
+
+
+@contextmanager
+def switching_often() -> Iterator[None]:
+    """Have threads take turns within a few steps of the interpreter."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def text(*ids: int, iterations: int = 1, threshold: float | None = None, may_be_cut: bool = False) -> Text:
@@ -298,8 +310,8 @@ def test_what_is_abandoned_is_dropped_counted_and_never_run() -> None:
     with running() as setup:
         setup.hold()
         left, stays = setup.submit(text(2), text(3)), setup.submit(text(4))
-        left.abandon()
-        left.abandon()
+        left.abandon("client")
+        left.abandon("client")
         assert left.future.cancelled()
         assert setup.batcher.queue_depth == 2
         setup.release()
@@ -311,7 +323,7 @@ def test_what_is_abandoned_is_dropped_counted_and_never_run() -> None:
 def test_what_is_abandoned_while_it_runs_is_counted_once() -> None:
     with running() as setup:
         job = setup.hold()
-        job.abandon()
+        job.abandon("client")
         setup.release()
         answers(setup.submit(text(2)))
     assert setup.seen.drops == {"client": 1}
@@ -322,8 +334,24 @@ def test_abandoning_what_is_done_does_nothing() -> None:
     with running() as setup:
         job = setup.submit(text(1))
         answers(job)
-        job.abandon()
+        job.abandon("client")
         assert len(answers(job)) == 1
+    assert not setup.seen.drops
+
+
+def test_who_gives_up_just_as_the_answers_come_gets_all_of_them_or_none() -> None:
+    with running() as setup:
+        job = setup.hold()
+        hand_over = job.complete
+
+        def between_the_last_answer_and_its_handing_over() -> None:
+            with patch.object(job.future, "cancel"):  # which the other thread has not come to
+                job.abandon("client")
+            hand_over()
+
+        with patch.object(job, "complete", between_the_last_answer_and_its_handing_over):
+            setup.release()
+            assert len(answers(job)) == 1
     assert not setup.seen.drops
 
 
@@ -397,7 +425,7 @@ def test_stopping_answers_what_waits_and_takes_nothing_new() -> None:
 
 def refuses(setup: Setup) -> bool:
     try:
-        setup.submit(text(0)).abandon()
+        setup.submit(text(0)).abandon("client")
     except Draining:
         return True
     return False
@@ -499,7 +527,7 @@ def test_the_oldest_of_each_size_is_always_looked_at(asked: list[tuple[int, int]
     pool = Pool()
     for number, (length, iterations) in enumerate(asked):
         one = text(*[1] * length, iterations=iterations)
-        pool.add(Waiting(number, one, batcher, pool, Job(lambda _: None), 0.0, 0.0))
+        pool.add(Waiting(number, one, batcher, pool, Job(lambda *_: None), 0.0, 0.0))
     found = [waiting.number for waiting in pool.oldest(most)]
     works = [waiting.admitted for waiting in pool.texts.values()]
     heads = {work.bit_length(): number for number, work in reversed(list(enumerate(works)))}
@@ -513,6 +541,24 @@ def test_the_oldest_of_each_size_is_always_looked_at(asked: list[tuple[int, int]
         works.remove(waiting.admitted)
         assert pool.admitted == sum(works)
     assert not pool.oldest(most)
+
+
+def test_any_thread_may_ask_a_pool_how_much_it_holds_while_texts_of_new_sizes_come() -> None:
+    batcher = Batcher(FakeEngine(), EngineThread(stuck_seconds=1), limits=Limits(1, 1, 1), observer=Recorder())
+    pools = [Pool() for _ in range(300)]
+    texts = [text(1, iterations=2**size) for size in range(20)]
+
+    def fill() -> None:
+        for pool in pools:
+            for number, one in enumerate(texts):
+                pool.add(Waiting(number, one, batcher, pool, Job(lambda *_: None), 0.0, 0.0))
+
+    with ThreadPoolExecutor(1) as other, switching_often():
+        filling = other.submit(fill)
+        for pool in pools:
+            while len(pool.texts) < len(texts):
+                assert pool.admitted >= 0 and pool.admitted_before(2**30) >= 0
+        filling.result(timeout=SECONDS)
 
 
 def test_who_would_hardly_be_answered_in_time_is_refused_at_once() -> None:
@@ -542,7 +588,7 @@ def test_the_observer_always_knows_the_depth() -> None:
         setup.hold()
         job = setup.submit(text(1), text(2))
         assert setup.seen.depth == 3
-        job.abandon()
+        job.abandon("client")
         assert setup.seen.depth == 1
         setup.release()
         wait_until(lambda: setup.seen.depth == 0)
@@ -604,7 +650,7 @@ def test_background_texts_are_few() -> None:
             setup.batcher.submit([text(1)] * 200, deadline, background=True)
         with pytest.raises(QueueFull):  # one is held in the engine: the background neither takes nor makes room
             setup.submit(text(2))
-        kept.abandon()
+        kept.abandon("client")
 
 
 @contextmanager

@@ -69,6 +69,17 @@ def test_nothing_runs_for_a_client_that_left_after_asking_twice() -> None:
         assert served.count("refrain_dropped_texts_total", reason="client", **model) == 1
 
 
+def test_what_a_deadline_ended_is_not_counted_as_left_by_its_client() -> None:
+    with live() as served, ThreadPoolExecutor(20) as pool:
+        served.fake.recurrent.gate.clear()
+        bodies = [{"inputs": "a", "deadline_ms": 20 + 0.37 * number} for number in range(60)]
+        answers = pool.map(lambda body: served.ask("POST", "/classify", body)[0], bodies)
+        assert set(answers) == {504}
+        model = {"architecture": "recurrent", "task": "sentiment"}
+        assert served.count("refrain_dropped_texts_total", reason="deadline", **model) == 60
+        assert served.count("refrain_dropped_texts_total", reason="client", **model) == 0
+
+
 def test_a_client_that_leaves_within_its_body_is_forgotten() -> None:
     with live() as served:
         served.send(classify_bytes("half a body")[:-5]).close()

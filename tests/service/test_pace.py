@@ -155,4 +155,4 @@ def test_a_model_that_has_answered_nothing_knows_its_pace() -> None:
         fake.recurrent.gate.clear()
         job = batcher.submit([Text([1, 2, 3], 2)] * 5, time.monotonic() + 100)
         assert batcher.backlog_seconds > 0
-        job.abandon()
+        job.abandon("client")
