@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import httptools
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from service.early_refusals import EarlyRefusals
@@ -176,8 +177,8 @@ class Connection(HttpToolsProtocol):
         self.cycle.keep_alive = self.cycle.keep_alive and not self._over
         if not self.pipeline:
             self._running = self.cycle
-        elif len(self.pipeline) == 1:  # while nothing is read nobody sees that the client leaves; more stay unread
-            self.flow.resume_reading()
+        elif len(self.pipeline) < PIPELINED and sum(len(cycle.body) for cycle, _ in self.pipeline) <= HIGH_WATER_LIMIT:
+            self.flow.resume_reading()  # while nothing is read nobody sees that the client leaves
 
     def on_body(self, body: bytes) -> None:
         """Take a part of the body."""

@@ -8,18 +8,26 @@ import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from http.client import HTTPConnection
 
 import pytest
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
+from service.connections import PIPELINED, Connection
 from service.errors import StartError
 from service.server import Server
 from service.sockets import listen, reserve
 from tests.service.fakes import fake_app, fake_bundle, wait_until
-from tests.service.live import classify_bytes, live, reply
+from tests.service.live import Live, classify_bytes, live, reply
 
 LEAVERS = 1000
+
+
+def has_waiting(served: Live, requests: int) -> bool:
+    """Whether so many requests wait for their turn on a connection."""
+    connections = list(served.server.server_state.connections)
+    return any(isinstance(each, Connection) and len(each.pipeline) == requests for each in connections)
 
 
 def test_a_request_leaves_nothing_to_the_garbage_collector() -> None:
@@ -54,14 +62,18 @@ def test_nothing_runs_for_a_client_that_left() -> None:
         assert served.count("refrain_dropped_texts_total", reason="client", **model) == LEAVERS
 
 
-def test_nothing_runs_for_a_client_that_left_after_asking_twice() -> None:
+@pytest.mark.parametrize("more", [1, 2, PIPELINED - 1])
+def test_nothing_runs_for_a_client_that_left_after_asking_often(more: int) -> None:
     with live() as served, ThreadPoolExecutor() as pool:
         served.fake.recurrent.gate.clear()
         occupied = pool.submit(served.ask, "POST", "/classify", {"inputs": "occupied"})
         assert served.fake.recurrent.entered.wait(timeout=10)
-        leaver = served.send(classify_bytes("first") + classify_bytes("second"))
+        leaver = served.send(classify_bytes("first"))
         model = {"architecture": "recurrent", "task": "sentiment"}
         wait_until(lambda: served.count("refrain_queue_depth", **model) == 2)
+        for number in range(more):
+            leaver.sendall(classify_bytes("another"))
+            wait_until(partial(has_waiting, served, number + 1))  # each in a read of its own
         leaver.close()
         wait_until(lambda: served.count("refrain_queue_depth", **model) == 1)
         served.fake.recurrent.gate.set()
