@@ -142,7 +142,10 @@ async def _run(
     started = time.monotonic()
     encoded = await tokenize(model, asked, places)
     tokenize_seconds = time.monotonic() - started
-    call.tokens = (call.tokens or 0) + sum(len(text.ids) for text in encoded)
+    tokens, most = sum(len(text.ids) for text in encoded), request.app.state.runtime.settings.max_queue_tokens
+    if tokens > most:  # and would be however empty the queue
+        raise TooManyInputs(f"At most {most} tokens in one request; these inputs have {tokens}.", limit=most)
+    call.tokens = (call.tokens or 0) + tokens
     job = model.batcher.submit(texts_to_run(asked, model.manifest, encoded, sure), deadline)
     results = zip(places, encoded, await _wait(job, request.receive), strict=True)
     outcomes = [Outcome(model, text, _good(asked, place, result), tokenize_seconds) for place, text, result in results]

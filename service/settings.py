@@ -96,7 +96,9 @@ class Settings(BaseSettings):
         default=1024, ge=1, description="Most texts waiting for one model in one process; more get 429."
     )
     max_queue_tokens: int = Field(
-        default=131_072, ge=1, description="Most tokens waiting for one model in one process; more get 429."
+        default=131_072,
+        ge=1,
+        description="Most tokens waiting for one model in one process; more get 429, or 413 if one request has more.",
     )
     max_queue_ms: int = Field(
         default=1_000, gt=0, description="Longest that what waits for one model may take, as measured; more get 429."

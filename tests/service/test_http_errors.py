@@ -73,6 +73,12 @@ def test_413_when_the_body_or_the_list_is_too_large(client: TestClient) -> None:
     assert problem(classify(client, ["a"] * 5), 413, "too_many_inputs")["limit"] == 4
 
 
+def test_413_when_the_queue_could_never_hold_the_list() -> None:
+    with running(fake_app(max_queue_tokens=20)) as client:
+        assert classify(client, ["a" * 9, "b" * 9]).status_code == 200
+        assert problem(classify(client, ["a" * 9, "b" * 10]), 413, "too_many_inputs")["limit"] == 20
+
+
 @pytest.mark.parametrize("path", ["/classify", "/v2/models/sentiment-recurrent/infer"])
 @pytest.mark.parametrize("coding", ["gzip", "GZIP", "identity, br", "zstd"])
 def test_415_when_the_body_is_encoded(client: TestClient, path: str, coding: str) -> None:
