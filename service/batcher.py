@@ -14,11 +14,12 @@ from typing import Any, Protocol
 import numpy as np
 import structlog
 
+from service.confidence import confidence, temperature_after
 from service.engine import FloatArray
 from service.engine_thread import EngineThread
 from service.errors import DeadlineExceeded, Draining, EngineDown, InferenceFailed, QueueFull, RefrainError
-from service.jobs import CALL_TOKENS, MEMORY, Answer, Drop, Exit, Job, Pace, Pool, Result, Text, Waiting
-from service.scheduling import choose_batch, cut_short
+from service.jobs import CALL_TOKENS, Answer, Drop, Exit, Job, Pace, Pool, Result, Text, Waiting
+from service.scheduling import choose_batch, cut_short, patience
 
 LOOKAHEAD, SHORT = 256, 4
 """The oldest texts of each size are considered for a turn: at most so many, and no more than fit it if each had `SHORT`
@@ -81,7 +82,6 @@ class Batcher:
         self._arrivals = 0
         self._stopping = self._dead = False
         self._pace = Pace() if pace is None else pace
-        self._iteration_seconds = 0.0  # from one iteration of a text to its next, lately
 
     @property
     def queue_depth(self) -> int:
@@ -106,23 +106,22 @@ class Batcher:
             self._refuse(Draining)
         self._thread.remove(self)
 
-    def check_room(self, texts: int, tokens: int, work: int, deadline: float) -> None:
+    def check_room(self, texts: int, tokens: int, work: int, longest: float) -> None:
         """QueueFull where that many do not fit now, with the seconds after which they should; see seconds_to_room."""
-        if (seconds := self.seconds_to_room(texts, tokens, work, deadline)) is not None:
+        if (seconds := self.seconds_to_room(texts, tokens, work, longest)) is not None:
             raise QueueFull(seconds)
 
-    def seconds_to_room(self, texts: int, tokens: int, work: int, deadline: float, ahead: int = 0) -> float | None:
+    def seconds_to_room(self, texts: int, tokens: int, work: int, longest: float, ahead: int = 0) -> float | None:
         """In how many seconds there should be room for so many texts, the largest of which has so much `work`.
 
-        None: there is. There is none where what they would wait for takes longer than the queue may, or half of the
-        time that is left; texts that are `ahead`, and will be submitted first, count as waiting.
+        None: there is. There is none where what they would wait for takes longer than the queue may, or than the
+        `longest` that they may wait, in seconds; texts that are `ahead`, and will be submitted first, count as waiting.
         """
         limits, now = self._limits, time.monotonic()
-        patience = max(0.0, min(limits.queue_seconds, (deadline - now) / 2))
         excess_texts = len(self._foreground.texts) + ahead + texts - limits.queue_texts
         excess_tokens = self._foreground.tokens + tokens - limits.queue_tokens
         waits = self._pace.seconds(admitted=self._foreground.admitted_before(work)) + self._pace.seconds(texts=ahead)
-        excess_seconds = waits - patience
+        excess_seconds = waits - max(0.0, min(limits.queue_seconds, longest))
         if excess_texts <= 0 and excess_tokens <= 0 and excess_seconds <= 0:
             return None
         seconds = max(excess_seconds, self._pace.seconds(admitted=excess_tokens, texts=excess_texts))
@@ -145,7 +144,8 @@ class Batcher:
                 raise Draining
             if not background:
                 largest = max(text.work for text in texts)
-                self.check_room(len(texts), sum(len(text.ids) for text in texts), largest, deadline)
+                longest = patience(deadline - now, may_be_cut=all(text.may_be_cut for text in texts))
+                self.check_room(len(texts), sum(len(text.ids) for text in texts), largest, longest)
             elif len(pool.texts) + len(texts) > self._lookahead:
                 raise QueueFull(self.backlog_seconds)
             if not self._foreground.texts:
@@ -160,7 +160,9 @@ class Batcher:
         return job
 
     def candidates(self, *, background: bool) -> Sequence[Waiting]:
-        """The oldest texts of each size that wait."""
+        """The oldest texts of each size that wait; who may be cut and should be is answered, and not among them."""
+        if not background:
+            self._let_go(time.monotonic())
         return (self._background if background else self._foreground).oldest(self._lookahead)
 
     def run(self, leader: Waiting, candidates: Sequence[Waiting]) -> None:
@@ -177,7 +179,9 @@ class Batcher:
         lengths = [waiting.length for waiting in batch]
         self._observer.batch(len(batch), sum(lengths), len(batch) * max(lengths) - sum(lengths))
         ended = time.monotonic()
-        self._note_progress(batch, began, ended)
+        for waiting in batch:
+            waiting.started = began if waiting.started is None else waiting.started
+            waiting.iterations += 1
         done = self._judge_all(batch, outcomes, ended)
         if leader.pool is self._foreground:
             self._pace.saw(batch, [waiting for waiting, _ in done], ended)
@@ -224,14 +228,6 @@ class Batcher:
             waiting.hidden = state
         return [logits_C if np.isfinite(logits_C).all() else InferenceFailed() for logits_C in logits_BC]
 
-    def _note_progress(self, batch: Sequence[Waiting], began: float, ended: float) -> None:
-        for waiting in batch:
-            if waiting.started is None:
-                waiting.started = waiting.stepped = began
-            self._iteration_seconds += (1 - MEMORY) * (ended - waiting.stepped - self._iteration_seconds)
-            waiting.stepped = ended
-            waiting.iterations += 1
-
     def _judge_all(
         self, batch: Sequence[Waiting], outcomes: Sequence[FloatArray | InferenceFailed], now: float
     ) -> list[tuple[Waiting, Result]]:
@@ -245,24 +241,22 @@ class Batcher:
         for waiting, outcome in zip(batch, outcomes, strict=True):
             if isinstance(outcome, InferenceFailed):
                 done.append((waiting, outcome))
-            elif reason := self._why_done(waiting, next(confidences), now):
+            elif reason := _why_done(waiting, next(confidences)):
                 done.append((waiting, _answer(waiting, outcome, reason, now)))
+            else:
+                waiting.logits = outcome
         return done
 
-    def _why_done(self, waiting: Waiting, confident: float, now: float) -> Exit | None:
-        text = waiting.text
-        if waiting.iterations >= text.max_iterations:
-            return "depth"
-        if text.exit_threshold is not None and text.exit_threshold < 1 and confident >= text.exit_threshold:
-            return "confidence"
-        if not text.may_be_cut:
-            return None
-        return cut_short(
-            backlog=self.backlog_seconds,
-            brown_out=self._limits.brown_out_seconds,
-            time_left=waiting.deadline - now,
-            next_iteration=self._iteration_seconds,
-        )
+    def _let_go(self, now: float) -> None:
+        """Answers those who rather have fewer iterations than wait: before each turn, which may be one too many."""
+        backlog, brown_out, turn = self.backlog_seconds, self._limits.brown_out_seconds, self._thread.turn_seconds
+        cut: list[tuple[Waiting, Result]] = []
+        for waiting in self._foreground.willing.values():
+            if waiting.logits is not None:
+                left = waiting.deadline - now
+                if reason := cut_short(backlog=backlog, brown_out=brown_out, time_left=left, turn=turn):
+                    cut.append((waiting, _answer(waiting, waiting.logits, reason, now)))
+        self._finish(cut)
 
     def _finish(self, results: Sequence[tuple[Waiting, Result]]) -> None:
         """Takes texts out of the pool and answers them; one that is gone already was abandoned or refused."""
@@ -292,17 +286,13 @@ class Batcher:
         self._finish([(text, error()) for text in waiting])
 
 
-def temperature_after(temperatures: Sequence[float], iterations: int) -> float:
-    """What divides the logits of so many iterations; beyond those that were fitted, the last one's."""
-    return temperatures[min(iterations, len(temperatures)) - 1]
-
-
-def confidence(logits_BC: FloatArray, temperatures: Sequence[float]) -> FloatArray:
-    """The largest probability of each row: softmax(logits / the row's temperature)."""
-    temperatures_B = np.array(temperatures, dtype=np.float32)
-    shifted_BC = (logits_BC - logits_BC.max(axis=1, keepdims=True)) / temperatures_B[:, None]
-    largest_B: FloatArray = 1.0 / np.exp(shifted_BC).sum(axis=1)
-    return largest_B
+def _why_done(waiting: Waiting, confident: float) -> Exit | None:
+    text = waiting.text
+    if waiting.iterations >= text.max_iterations:
+        return "depth"
+    if text.exit_threshold is not None and text.exit_threshold < 1 and confident >= text.exit_threshold:
+        return "confidence"
+    return None
 
 
 def _answer(waiting: Waiting, logits_C: FloatArray, reason: Exit, now: float) -> Answer:

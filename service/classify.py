@@ -29,6 +29,7 @@ from service.loading import Model
 from service.logs import Call
 from service.routing import Plan
 from service.runtime import Runtime, TakeIn
+from service.scheduling import patience
 from service.schemas import ClassifyAnswer, ClassifyRequest, Timings, parse_request
 from service.settings import Settings
 from service.texts import Encoded, encode, likely_work, probabilities, texts_to_run, to_result
@@ -138,8 +139,9 @@ async def _run(
     call: Call = request.state.call
     longest = max(len(asked.texts[place]) for place in places)
     work = likely_work(longest, asked.max_iterations, model.manifest)
-    model.batcher.check_room(len(places), 0, work, deadline)  # before tokenizing, which would be for nothing
     started = time.monotonic()
+    wait = patience(deadline - started, may_be_cut=asked.allow_fewer_iterations)
+    model.batcher.check_room(len(places), 0, work, wait)  # before tokenizing, which would be for nothing
     encoded = await tokenize(model, asked, places)
     tokenize_seconds = time.monotonic() - started
     tokens, most = sum(len(text.ids) for text in encoded), request.app.state.runtime.settings.max_queue_tokens

@@ -17,6 +17,7 @@ from service.front import SANE_ID, ApiKeys, new_id
 from service.logs import Call
 from service.problems import problem_response
 from service.runtime import Runtime
+from service.scheduling import patience
 from service.schemas import parse_request
 from service.texts import likely_work
 
@@ -26,7 +27,15 @@ if TYPE_CHECKING:
 LARGEST_BODY = 16_384  # bytes; a larger one goes the long way
 LONG_WAY = frozenset({b"expect", b"content-encoding"})  # as does a request with one of these headers
 # Whether there is room; a list's texts may each be small.
-DECIDING = (b'"task"', b'"architecture"', b'"routing_key"', b'"deadline_ms"', b'"max_iterations"', b"[")
+DECIDING = (
+    b'"task"',
+    b'"architecture"',
+    b'"routing_key"',
+    b'"deadline_ms"',
+    b'"max_iterations"',
+    b'"allow_fewer_iterations"',
+    b"[",
+)
 CROWDED_SECONDS = 0.02  # a queue that was full is looked at again, for each request that may be refused
 ANY = 2**62  # more work than any text has
 ID = b"0" * 32
@@ -63,17 +72,19 @@ class EarlyRefusals:
         """
         call = Call("", "POST", "/classify", time.monotonic(), code=QueueFull.status)
         task = architecture = routing_key = max_iterations = None
-        longest, characters = self._longest, len(body)
+        longest, characters, may_be_cut = self._longest, len(body), False
         try:
             if any(field in body for field in DECIDING):
                 asked = parse_request(body)
                 task, architecture, routing_key = asked.task, asked.architecture, asked.routing_key
                 longest = min(longest, (asked.deadline_ms or math.inf) / 1000)
                 characters, max_iterations = max(map(len, asked.texts)), asked.max_iterations
+                may_be_cut = asked.allow_fewer_iterations
             call.id = _offered_id(raw_headers) or new_id()
             model = self._runtime.choose(task, architecture, call.id, routing_key).first
             work = likely_work(characters, max_iterations, model.manifest)
-            seconds = model.batcher.seconds_to_room(1, 1, work, call.started + longest, self._ahead)
+            wait = patience(longest, may_be_cut=may_be_cut)
+            seconds = model.batcher.seconds_to_room(1, 1, work, wait, self._ahead)
         except RefrainError:
             seconds = None
         if seconds is None:
@@ -112,8 +123,8 @@ class EarlyRefusals:
 
     def _is_any_full(self, now: float) -> bool:
         models = self._runtime.serving.models.values()
-        deadline = now + self._longest
-        return any(model.batcher.seconds_to_room(1, 1, ANY, deadline, self._ahead) is not None for model in models)
+        wait = patience(self._longest, may_be_cut=False)
+        return any(model.batcher.seconds_to_room(1, 1, ANY, wait, self._ahead) is not None for model in models)
 
     def _is_plain(self, raw_headers: RawHeaders) -> bool:
         headers = dict(raw_headers)

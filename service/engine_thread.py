@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from service.jobs import Waiting
 
 WAIT_SECONDS = 1.0
+MEMORY = 0.95
+"""How much of the longest turn still counts after a shorter one."""
 
 
 class HasTexts(Protocol):
@@ -39,6 +41,7 @@ class EngineThread:
         self._ended = False
         self._dead = False
         self._turn_began: float | None = None
+        self.turn_seconds = 0.0  # how long turns take, the longest of late
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -95,6 +98,8 @@ class EngineThread:
     def _next_turn(self) -> tuple[Waiting, Sequence[Waiting]] | None:
         """Waits for texts: the most urgent one, and those of its model that may join it. None: it is time to end."""
         with self.changed:
+            if self._turn_began is not None:
+                self.turn_seconds = max(MEMORY * self.turn_seconds, time.monotonic() - self._turn_began)
             self._turn_began = None
             while not self._ended:
                 for background in (False, True):
@@ -110,5 +115,5 @@ class EngineThread:
         if not texts:
             return None
         now = time.monotonic()
-        leader = texts[most_urgent([now - text.arrived for text in texts], [text.work for text in texts])]
+        leader = texts[most_urgent([now - text.arrived for text in texts], [text.wanted for text in texts])]
         return leader, next(group for group in groups if group and group[0].batcher is leader.batcher)

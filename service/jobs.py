@@ -104,9 +104,9 @@ class Waiting:
     arrived: float
     deadline: float
     started: float | None = None
-    stepped: float = 0.0
     iterations: int = 0
     hidden: Any = None
+    logits: FloatArray | None = None  # of the last iteration
     result: Result | None = None
 
     @property
@@ -123,6 +123,11 @@ class Waiting:
     def work(self) -> int:
         """What it may still ask of the engine, in tokens."""
         return (self.text.max_iterations - self.iterations) * self.turn
+
+    @property
+    def wanted(self) -> int:
+        """What it asks until there is an answer to it, in tokens: where fewer iterations will do, one is enough."""
+        return self.turn if self.text.may_be_cut and not self.iterations else self.work
 
     @property
     def admitted(self) -> int:
@@ -146,6 +151,7 @@ class Pool:
 
     def __init__(self) -> None:
         self.texts: dict[int, Waiting] = {}  # in order of arrival
+        self.willing: dict[int, Waiting] = {}  # those that may be cut
         self.tokens = 0
         self.admitted = 0  # what all of them might have asked when they came
         self.until = -math.inf  # the latest deadline that came: by then it is empty
@@ -167,6 +173,8 @@ class Pool:
     def add(self, waiting: Waiting) -> None:
         """Takes a text in."""
         self.texts[waiting.number] = waiting
+        if waiting.text.may_be_cut:
+            self.willing[waiting.number] = waiting
         self.tokens += waiting.length
         self.admitted += waiting.admitted
         self.until = max(self.until, waiting.deadline)
@@ -178,6 +186,7 @@ class Pool:
         """Lets a text go; False if it has gone already."""
         if self.texts.pop(waiting.number, None) is None:
             return False
+        self.willing.pop(waiting.number, None)
         self.tokens -= waiting.length
         self.admitted -= waiting.admitted
         size = self._sizes[waiting.admitted.bit_length()]

@@ -41,13 +41,22 @@ def choose_batch(lengths: Sequence[int], leader: int, max_tokens: int, call_toke
 
 
 def cut_short(
-    *, backlog: float, brown_out: float, time_left: float, next_iteration: float
+    *, backlog: float, brown_out: float, time_left: float, turn: float
 ) -> Literal["overload", "deadline"] | None:
-    """Why a text that allows fewer iterations is answered with those it has; None where it goes on. All in seconds.
+    """Why a text that allows fewer iterations is answered with those it has; None where it stays. All in seconds.
 
-    `backlog` is how long the queue takes, `brown_out` from how much on that is too long, `next_iteration` how long
-    another iteration has lately taken, waiting included; twice that must be left, since the last one may be slower.
+    `backlog` is how long the queue takes, `brown_out` from how much on that is too long, `turn` how long the engine's
+    turns are at most: it is asked again after the next one, whoever's, and the answer has a way to go.
     """
     if backlog >= brown_out:
         return "overload"
-    return "deadline" if time_left < 2 * next_iteration else None
+    return "deadline" if time_left < 2 * turn else None
+
+
+def patience(time_left: float, *, may_be_cut: bool) -> float:
+    """How long a text may have to wait for others and still be taken, in seconds.
+
+    Half of the time until its deadline, since its own turns come after them, and all of that is an estimate; the whole
+    of it where one iteration is answer enough: that comes before the others have had all of theirs.
+    """
+    return time_left if may_be_cut else time_left / 2

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from service.batcher import temperature_after
 from service.bundle import Bundle, Manifest
+from service.confidence import softmax, temperature_after
 from service.jobs import CALL_TOKENS, Answer, Text
 from service.schemas import Options, Result
 
@@ -83,11 +82,3 @@ def probabilities(manifest: Manifest, answer: Answer) -> list[float]:
     """Say how likely each label is, calibrated, in the order of the model's labels."""
     temperature = temperature_after(manifest.calibration.temperatures, answer.iterations)
     return softmax(answer.logits.tolist(), temperature)
-
-
-def softmax(logits: Sequence[float], temperature: float) -> list[float]:
-    """Turn one text's logits into probabilities; for a handful of classes an array costs ten times as much."""
-    largest = max(logits)
-    powers = [math.exp((logit - largest) / temperature) for logit in logits]
-    total = sum(powers)
-    return [power / total for power in powers]

@@ -17,7 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.batcher import Batcher, Limits, confidence, temperature_after
+from service.batcher import Batcher, Limits
+from service.confidence import confidence, temperature_after
 from service.engine_thread import EngineThread
 from service.errors import (
     DeadlineExceeded,
@@ -239,7 +240,7 @@ def test_a_list_is_taken_whole_or_not_at_all() -> None:
         assert setup.batcher.queue_depth == 3
         last = setup.submit(text(5))
         with pytest.raises(QueueFull):
-            setup.batcher.check_room(1, 1, 1, time.monotonic() + SECONDS)
+            setup.batcher.check_room(1, 1, 1, SECONDS)
         setup.release()
         answers(last)
         answers(setup.submit(*(text(n) for n in range(4))))
@@ -568,6 +569,9 @@ def test_who_would_hardly_be_answered_in_time_is_refused_at_once() -> None:
         setup.submit(*[text(1)] * 20)
         with pytest.raises(QueueFull):
             setup.submit(text(2), seconds=0.5)
+        with pytest.raises(QueueFull):
+            setup.submit(text(2), seconds=1.5)
+        setup.submit(text(2, may_be_cut=True), seconds=1.5)  # its first iteration will be in time
         setup.submit(text(2), seconds=600)
 
 
@@ -619,6 +623,33 @@ def test_who_allows_it_is_answered_before_its_deadline_with_what_there_is() -> N
     assert answer.exit == "deadline"
     assert answer.degraded
     assert 1 <= answer.iterations < 1000
+
+
+def test_who_allows_it_is_answered_before_its_deadline_though_it_waits_for_its_next_turn() -> None:
+    with running(Slow(), batch_tokens=1) as setup:
+        started = time.monotonic()
+        willing = setup.submit(text(1, iterations=50, may_be_cut=True), seconds=1.0)
+        others = setup.submit(*[text(2)] * 60)  # each a turn of its own, more urgent than what is left of the first
+        (answer,) = answers(willing)
+        assert time.monotonic() < started + 1.0
+        others.abandon("client")
+    assert (answer.iterations, answer.exit) == (1, "deadline")
+    np.testing.assert_array_equal(answer.logits, expected_logits([1], 1))
+
+
+def test_one_iteration_of_who_allows_fewer_is_as_urgent_as_a_text_of_one() -> None:
+    engine = Slow()
+    engine.pause = 0.005
+    with running(engine, batch_tokens=8) as setup:  # so that only one of the two fits, and both are looked at
+        setup.hold()
+        deep, began = setup.submit(text(*[1] * 5, iterations=20)), time.monotonic()
+        time.sleep(0.1)
+        willing, came = setup.submit(text(*[2] * 5, iterations=20, may_be_cut=True)), time.monotonic()
+        time.sleep(0.1)
+        setup.release()
+        (first,), (second,) = answers(willing), answers(deep)
+    assert came + first.queue_seconds < began + second.queue_seconds
+    assert first.iterations == second.iterations == 20
 
 
 def test_background_texts_run_when_no_other_waits_in_any_model() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import socket
 import time
 from collections.abc import Iterator
@@ -89,6 +90,17 @@ def test_a_list_of_short_texts_is_not_taken_for_a_long_one() -> None:
                 wait_until(lambda: waiting() == 301)
                 served.fake.recurrent.gate.set()
                 assert reply(short_ones)[0] == 200
+
+
+def test_who_allows_fewer_iterations_may_have_to_wait_longer() -> None:
+    with full(max_queue=10_000, max_inputs=256) as served:
+        batcher = served.fake.app.state.runtime.serving.models["sentiment", "recurrent"].batcher
+        with served.send(asking(inputs=["x" * 60] * 200)):
+            wait_until(lambda: batcher.queue_depth == 201)
+            served.server._refusals._crowded_until = math.inf
+            asked = {"inputs": "x" * 60, "deadline_ms": 1.5 * batcher.backlog_seconds * 1000}
+            assert served.ask("POST", "/classify", asked)[0] == 429
+            assert served.ask("POST", "/classify", {**asked, "allow_fewer_iterations": True})[0] == 504  # was taken
 
 
 @pytest.mark.parametrize("chosen", [{"architecture": "baseline"}, {"task": "domain"}])

@@ -116,7 +116,7 @@ def test_a_long_text_is_not_starved_by_short_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("backlog", "brown_out", "time_left", "next_iteration", "expected"),
+    ("backlog", "brown_out", "time_left", "turn", "expected"),
     [
         (0.0, 1.0, 10.0, 0.1, None),
         (0.99, 1.0, 10.0, 0.1, None),
@@ -127,7 +127,7 @@ def test_a_long_text_is_not_starved_by_short_ones() -> None:
     ],
 )
 def test_the_edges_of_cutting_short(
-    backlog: float, brown_out: float, time_left: float, next_iteration: float, expected: str | None
+    backlog: float, brown_out: float, time_left: float, turn: float, expected: str | None
 ) -> None:
-    found = cut_short(backlog=backlog, brown_out=brown_out, time_left=time_left, next_iteration=next_iteration)
+    found = cut_short(backlog=backlog, brown_out=brown_out, time_left=time_left, turn=turn)
     assert found == expected
