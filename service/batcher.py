@@ -256,7 +256,9 @@ class Batcher:
                 left = waiting.deadline - now
                 if reason := cut_short(backlog=backlog, brown_out=brown_out, time_left=left, turn=turn):
                     cut.append((waiting, _answer(waiting, waiting.logits, reason, now)))
-        self._finish(cut)
+        if cut:
+            self._pace.saw([], [waiting for waiting, _ in cut], now)
+            self._finish(cut)
 
     def _finish(self, results: Sequence[tuple[Waiting, Result]]) -> None:
         """Takes texts out of the pool and answers them; one that is gone already was abandoned or refused."""

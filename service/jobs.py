@@ -211,7 +211,7 @@ class Pace:
         self._since = now
 
     def saw(self, batch: Sequence[Waiting], done: Sequence[Waiting], now: float) -> None:
-        """Count a turn of these texts that ends now, and counts more than those before it; some of them are done."""
+        """Count a turn of these texts that ends now, and counts more than those before it; and some that are done."""
         # What a text that is done has not asked for, counts as if it were done too.
         got_on = [(waiting, waiting.turn) for waiting in batch] + [(waiting, waiting.work) for waiting in done]
         before = self._seconds / self._admitted if self._admitted else math.inf  # for a token

@@ -575,16 +575,17 @@ def test_who_would_hardly_be_answered_in_time_is_refused_at_once() -> None:
         setup.submit(text(2), seconds=600)
 
 
-def test_early_exits_show_in_the_pace() -> None:
-    def backlog(threshold: float) -> float:
-        with running(Slow()) as setup:
+@pytest.mark.parametrize("early", [text(1, iterations=4, threshold=0.01), text(1, iterations=4, may_be_cut=True)])
+def test_early_exits_show_in_the_pace(early: Text) -> None:
+    def backlog(asked: Text) -> float:
+        with running(Slow(), brown_out_seconds=0.0) as setup:
             for _ in range(8):
-                answers(setup.submit(text(1, iterations=4, threshold=threshold)))
+                answers(setup.submit(asked))
             setup.hold()
-            setup.submit(*[text(1, iterations=4, threshold=threshold)] * 10)
+            setup.submit(*[asked] * 10)
             return setup.batcher.backlog_seconds
 
-    assert backlog(threshold=0.01) < backlog(threshold=1.0) / 2
+    assert backlog(early) < backlog(text(1, iterations=4)) / 2
 
 
 def test_the_observer_always_knows_the_depth() -> None:
