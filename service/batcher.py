@@ -72,7 +72,8 @@ class Batcher:
     ) -> None:
         """`temperatures` of the iterations, as a bundle's calibration has them: a text's confidence rests on them.
 
-        `pace` is what is known of it before the first text; without, a queue is not bounded in time until then.
+        `pace` is what is known of it before the first text; without, a queue is not bounded in time until then, and a
+        token counts as much as one of any model.
         """
         self._engine, self._thread, self._limits, self._observer = engine, thread, limits, observer
         self._temperatures = temperatures
@@ -82,6 +83,7 @@ class Batcher:
         self._arrivals = 0
         self._stopping = self._dead = False
         self._pace = Pace() if pace is None else pace
+        self.token_seconds = self._pace.seconds(admitted=1) or 1.0  # alone, and at rest
 
     @property
     def queue_depth(self) -> int:

@@ -20,7 +20,12 @@ MEMORY = 0.95
 
 
 class HasTexts(Protocol):
-    """What the thread needs of a model's batcher; all but `run` are called with the lock held."""
+    """What the thread needs of a model's batcher; all but `run` are called with the lock held.
+
+    `token_seconds`: how long a token of its texts takes, for the models to be compared by.
+    """
+
+    token_seconds: float
 
     def candidates(self, *, background: bool) -> Sequence[Waiting]: ...
     def run(self, leader: Waiting, candidates: Sequence[Waiting]) -> None: ...
@@ -110,10 +115,11 @@ class EngineThread:
             return None
 
     def _most_urgent(self, *, background: bool) -> tuple[Waiting, Sequence[Waiting]] | None:
-        groups = [batcher.candidates(background=background) for batcher in self._batchers]
-        texts = [waiting for group in groups for waiting in group]
+        groups = [(batcher.token_seconds, batcher.candidates(background=background)) for batcher in self._batchers]
+        texts = [text for _, group in groups for text in group]
         if not texts:
             return None
-        now = time.monotonic()
-        leader = texts[most_urgent([now - text.arrived for text in texts], [text.wanted for text in texts])]
-        return leader, next(group for group in groups if group and group[0].batcher is leader.batcher)
+        now, dearest = time.monotonic(), max(token_seconds for token_seconds, _ in groups)
+        work = [text.wanted * token_seconds / dearest for token_seconds, group in groups for text in group]
+        leader = texts[most_urgent([now - text.arrived for text in texts], work)]
+        return leader, next(group for _, group in groups if group and group[0].batcher is leader.batcher)

@@ -15,6 +15,8 @@ def most_urgent(waited: Sequence[float], work: Sequence[float]) -> int:
     That is "highest response ratio next" (Brinch Hansen, 1971): a short text overtakes a long one, but whoever waits
     grows more urgent. With w the ratio of the most to the least work, who comes in the last 1/w of a text's wait cannot
     overtake it: once that part is as long as a full queue takes, the text has run. So it waits at most w full queues.
+
+    Of several models the tokens are those of the dearest: what a cheaper one asks is as many times less.
     """
     return max(range(len(waited)), key=lambda place: waited[place] / (work[place] + ALIKE))
 

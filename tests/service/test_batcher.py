@@ -28,7 +28,7 @@ from service.errors import (
     QueueFull,
     RefrainError,
 )
-from service.jobs import Answer, Drop, Exit, Job, Pool, Text, Waiting
+from service.jobs import Answer, Drop, Exit, Job, Pace, Pool, Text, Waiting
 from tests.service.fakes import FakeEngine, FloatArray, wait_until
 
 SECONDS = 10.0
@@ -109,10 +109,11 @@ def running(
     queue_seconds: float = 1000.0,
     brown_out_seconds: float = SECONDS,
     temperatures: Sequence[float] = (1.0,),
+    pace: Pace | None = None,
 ) -> Iterator[Setup]:
     engine, seen, thread = engine or FakeEngine(), Recorder(), EngineThread(stuck_seconds=stuck_seconds)
     limits = Limits(batch_tokens, queue_texts, queue_tokens, queue_seconds, brown_out_seconds)
-    batcher = Batcher(engine, thread, limits=limits, observer=seen, temperatures=temperatures)
+    batcher = Batcher(engine, thread, limits=limits, observer=seen, temperatures=temperatures, pace=pace)
     thread.start()
     batcher.start()
     try:
@@ -686,13 +687,33 @@ def test_background_texts_are_few() -> None:
 
 
 @contextmanager
-def other_model(setup: Setup) -> Iterator[Batcher]:
-    batcher = Batcher(FakeEngine(), setup.thread, limits=Limits(2048, 100, 10_000), observer=Recorder())
+def other_model(setup: Setup, pace: Pace | None = None) -> Iterator[Batcher]:
+    batcher = Batcher(FakeEngine(), setup.thread, limits=Limits(2048, 100, 10_000), observer=Recorder(), pace=pace)
     batcher.start()
     try:
         yield batcher
     finally:
         batcher.stop(timeout=SECONDS)
+
+
+@pytest.mark.parametrize(("cheap_seconds", "first"), [(1.0, "dear"), (0.1, "cheap")])
+def test_models_are_compared_by_what_their_tokens_cost(cheap_seconds: float, first: str) -> None:
+    dear_pace, cheap_pace = Pace(1.0, 1000, 1000), Pace(cheap_seconds, 1000, 1000)
+    with running(pace=dear_pace) as setup, other_model(setup, cheap_pace) as cheap:
+        order: list[str] = []
+        setup.hold()
+        deadline = time.monotonic() + 10 * SECONDS
+        one_turn = setup.batcher.submit([text(*[1] * 60)], deadline)
+        time.sleep(0.1)
+        two_turns = cheap.submit([text(*[2] * 60, iterations=2)], deadline)  # twice as many tokens
+        time.sleep(0.3)
+        for name, job in (("dear", one_turn), ("cheap", two_turns)):
+            job.future.add_done_callback(lambda _, name=name: order.append(name))  # type: ignore[misc]
+        setup.release()
+        answers(one_turn)
+        answers(two_turns)
+        wait_until(lambda: len(order) == 2)
+    assert order[0] == first
 
 
 def test_a_model_can_go_while_others_stay() -> None:
