@@ -92,6 +92,32 @@ def test_what_a_deadline_ended_is_not_counted_as_left_by_its_client() -> None:
         assert served.count("refrain_dropped_texts_total", reason="client", **model) == 0
 
 
+def test_who_scrapes_while_another_does_shares_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    with live() as served, ThreadPoolExecutor(20) as pool:
+        metrics, gate, written = served.fake.app.state.runtime.metrics, threading.Event(), []
+        write = metrics.exposition
+
+        def exposition() -> bytes:
+            written.append(gate.wait(timeout=10))
+            return bytes(write())
+
+        monkeypatch.setattr(metrics, "exposition", exposition)
+        scrapes = [pool.submit(scrape, served) for _ in range(20)]
+        wait_until(lambda: served.connections == 20)
+        gate.set()
+        assert all("refrain_requests" in each.result(timeout=10) for each in scrapes)
+        together = len(written)
+        assert together < 10
+        assert "refrain_requests" in scrape(served)
+        assert len(written) == together + 1  # nobody gets an old one
+
+
+def scrape(served: Live) -> str:
+    with closing(HTTPConnection("127.0.0.1", served.port, timeout=10)) as connection:
+        connection.request("GET", "/metrics")
+        return connection.getresponse().read().decode()
+
+
 def test_a_client_that_leaves_within_its_body_is_forgotten() -> None:
     with live() as served:
         served.send(classify_bytes("half a body")[:-5]).close()
