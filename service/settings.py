@@ -134,7 +134,7 @@ class Settings(BaseSettings):
     )
     drain_seconds: float = Field(default=30.0, ge=0, description="Longest wait for accepted requests at shutdown.")
     stuck_seconds: float = Field(
-        default=30.0,
+        default=10.0,
         gt=0,
         description="A batch that takes longer turns /healthz red; its process, or one that hangs, is replaced.",
     )
