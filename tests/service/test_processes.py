@@ -129,7 +129,7 @@ def test_a_killed_process_takes_its_own_requests_along_and_is_replaced(served: P
     assert clients.broken <= 2 * CLIENTS
     counted = answered(served) - counted
     answers = len(clients.codes) + len(strangers)
-    assert answers <= counted <= answers + clients.broken
+    assert answers - 1 <= counted <= answers + clients.broken  # one: the kill may fall between an answer and its count
     assert value(served, "refrain_process_restarts_total") == restarts + 1
     assert value(served, "refrain_queue_depth", architecture="recurrent", task=tiny.DATASET) == 0
 
