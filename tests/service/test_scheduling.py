@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import pytest
 from hypothesis import given
@@ -97,6 +98,43 @@ def test_however_many_short_texts_come_a_text_waits_at_most_that_long(
         assert clock - arrived <= bound
         newcomers = arrivals[turn % len(arrivals)] if turn < 2000 else []  # again and again, as long as anybody waits
         pool += [(clock, work) for work in newcomers][: room - len(pool)]
+        turn += 1
+
+
+@dataclass
+class Deep:
+    """A text of several turns, the first of which is all that it wants if fewer will do."""
+
+    arrived: float
+    turn: int
+    left: int
+    fewer_will_do: bool
+    begun: bool = False
+
+    @property
+    def wanted(self) -> int:
+        return self.turn if self.fewer_will_do and not self.begun else self.turn * self.left
+
+
+DEEP = st.tuples(st.integers(1, 2 * ALIKE), st.integers(1, 10), st.booleans())
+
+
+@given(st.lists(st.lists(DEEP, max_size=4), min_size=1, max_size=40), st.integers(2, 6))
+def test_nor_does_it_wait_longer_for_those_who_want_their_first_turn_soon(
+    arrivals: list[list[tuple[int, int, bool]]], room: int
+) -> None:
+    """One turn at a time; whoever finds the queue full is sent away."""
+    most = 20 * ALIKE
+    bound = (most + ALIKE) / (1 + ALIKE) * room * most + most
+    clock, turn, pool = 0.0, 0, [Deep(0.0, 2 * ALIKE, 10, fewer_will_do=False)]
+    while pool:
+        text = pool[most_urgent([clock - text.arrived for text in pool], [text.wanted for text in pool])]
+        clock, text.left, text.begun = clock + text.turn, text.left - 1, True
+        if not text.left:
+            pool.remove(text)
+            assert clock - text.arrived <= bound
+        newcomers = arrivals[turn % len(arrivals)] if turn < 1000 else []
+        pool += [Deep(clock, *asked) for asked in newcomers][: room - len(pool)]
         turn += 1
 
 
