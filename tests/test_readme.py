@@ -94,6 +94,24 @@ def test_quality_on_other_splits_is_the_manifests() -> None:
         assert cells == " | ".join(f"{last['accuracy']:.4f} / {last['macro_f1']:.4f}" for last in lasts)
 
 
+def test_experiments_are_those_that_the_command_wrote() -> None:
+    written = [
+        result | {"row": result["row"] if name == "data-size" else "100 %"}
+        for name in ("data-size", "transfer")
+        for result in json.loads((ROOT / f"docs/results/{name}.json").read_text(encoding="utf-8"))["results"]
+    ]
+    found = {
+        (one["row"], one["test"], one["model"]): [f"{one['iterations'][-1]['accuracy']:.4f}", f"{one['published']:.4f}"]
+        if one["published"]
+        else [f"{one['iterations'][-1]['accuracy']:.4f}", "-"]
+        for one in reversed(written)
+    }
+    shown = re.findall(r"^\| SST-2, (\d+ %) \| ([^|]+) \| (.+) \|$", README, flags=re.MULTILINE)
+    assert len(shown) == 5
+    for row, test, figures in shown:
+        assert figures.split(" | ") == [*found[row, test, "baseline"], *found[row, test, "recurrent"]]
+
+
 def test_make_targets_and_files_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in set(re.findall(r"(?:^|`)make ([a-z-]+)", README, flags=re.MULTILINE)):
