@@ -1,5 +1,6 @@
 """The options of a training: what `train`, `pretrain` and `linear` take, and a run keeps in `config.json`."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -9,6 +10,13 @@ from training.shapes import SHAPES, EncoderConfig
 
 SMALLEST_VOCABULARY = 260
 """Every byte and the four special tokens."""
+SEEDS = 2**32
+"""What scikit-learn takes; PyTorch would take more."""
+
+
+def check_seed(seed: int) -> None:
+    if not 0 <= seed < SEEDS:
+        raise TrainingError(f"--seed is {seed}; a whole number from 0 to {SEEDS - 1} is needed")
 
 
 @dataclass(frozen=True)
@@ -64,14 +72,21 @@ class RunConfig:
         "checkpoint_steps",
     )  # fmt: skip
     shares: ClassVar[tuple[str, ...]] = ("warmup_share", "dropout")
+    amounts: ClassVar[tuple[str, ...]] = ("learning_rate", "clip_norm")
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         for name in self.counts:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise TrainingError(f"--{name.replace('_', '-')} is {value}; at least 1 is needed")
         for name in self.shares:
             if not 0 <= (value := getattr(self, name)) < 1:
                 raise TrainingError(f"--{name.replace('_', '-')} is {value}; a share from 0 to below 1 is needed")
+        for name in self.amounts:
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                raise TrainingError(f"--{name.replace('_', '-')} is {value}; a number above 0 is needed")
+        if not 0 <= self.weight_decay < math.inf:
+            raise TrainingError(f"--weight-decay is {self.weight_decay}; 0 or a number above is needed")
         if not 0 < self.train_share <= 1:
             raise TrainingError(f"--train-share {self.train_share}: a share above 0 and up to 1 is needed")
         if self.vocabulary < SMALLEST_VOCABULARY:
@@ -112,11 +127,10 @@ class TrainConfig(RunConfig):
     label_smoothing: float = 0.0
 
     shares: ClassVar[tuple[str, ...]] = (*RunConfig.shares, "token_dropout", "label_smoothing")
+    amounts: ClassVar[tuple[str, ...]] = (*RunConfig.amounts, "temperature")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.temperature <= 0:
-            raise TrainingError(f"--temperature is {self.temperature}; a number above 0 is needed")
         if not 0 <= self.teacher_weight <= 1:
             raise TrainingError(f"--teacher-weight is {self.teacher_weight}; a share from 0 to 1 is needed")
 
@@ -156,3 +170,6 @@ class LinearConfig:
     output_dir: Path = Path("runs/linear")
     """The run directory."""
     seed: int = 13
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)

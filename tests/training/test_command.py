@@ -137,10 +137,18 @@ def test_a_value_of_the_wrong_kind_is_named(
         ("token_dropout", -0.1),
         ("vocabulary", 100),
         ("train_share", 0),
+        ("learning_rate", -0.001),
+        ("learning_rate", "nan"),
+        ("clip_norm", 0.0),
+        ("weight_decay", -0.1),
+        ("temperature", "nan"),
+        ("temperature", "inf"),
+        ("seed", -1),
+        ("seed", 2**70),
     ],
 )
 def test_a_value_that_makes_no_sense_is_said_in_one_line(
-    option: str, value: float, easy_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    option: str, value: float | str, easy_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(tiny_arguments(easy_dir, tmp_path / "run", **{option: value})) == 1
     (line,) = capsys.readouterr().err.splitlines()

@@ -200,7 +200,10 @@ def test_one_seed_has_no_spread_and_nothing_is_a_dash() -> None:
     assert grid([["a", "bb"], ["ccc", "d"]]) == "| a   | bb |\n| --- | -- |\n| ccc | d  |"
 
 
-@pytest.mark.parametrize("wrong", [{"seeds": ()}, {"seeds": (1, 1)}, {"jobs": 0}, {"effort": 0.0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"seeds": ()}, {"seeds": (1, 1)}, {"seeds": (1, -1)}, {"jobs": 0}, {"effort": 0.0}, {"effort": float("nan")}],
+)
 def test_options_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(TrainingError, match=r"^--(seeds|jobs) "):
+    with pytest.raises(TrainingError, match=r"^--(seeds?|jobs) "):
         ExperimentsConfig("domain", **wrong)

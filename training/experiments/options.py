@@ -1,11 +1,13 @@
 """What `python -m training experiments` takes; apart from what it runs, since --help shall not wait for torch."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
+from training.config import check_seed
 from training.errors import TrainingError
 
 Name = Literal["data-size", "length", "yelp", "transfer", "domain", "precision"]
@@ -40,7 +42,9 @@ class ExperimentsConfig:
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise TrainingError(f"--seeds {' '.join(map(str, self.seeds))}: at least one, and each once")
-        if self.jobs < 1 or self.effort <= 0:
+        for seed in self.seeds:
+            check_seed(seed)
+        if self.jobs < 1 or not 0 < self.effort < math.inf:
             raise TrainingError(f"--jobs {self.jobs} --effort {self.effort}: at least 1, and above 0, are needed")
 
     @property
