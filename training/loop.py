@@ -107,9 +107,10 @@ class Loop:
 
     def save(self) -> None:
         """Writes the latest checkpoint; before the first validation its weights are also the best there are."""
+        model = self.accelerator.unwrap_model(self.model)
+        self._check_finite(model)
         if not self.accelerator.is_main_process:
             return
-        model = self.accelerator.unwrap_model(self.model)
         scaler = self.accelerator.scaler
         runs.write_checkpoint(
             self.run_dir,
@@ -201,6 +202,7 @@ class Loop:
         """Measures what the model is not trained on, and keeps the weights if they are the best so far."""
         progress = self.progress
         model = self.accelerator.unwrap_model(self.model)
+        self._check_finite(model)
         with self.meter.paused():
             figures = self.objective.validate(model)
         accuracy = figures[-1]["accuracy"]
@@ -215,6 +217,14 @@ class Loop:
             self.log.write(step=progress.step, epoch=progress.epoch, validation=per_iteration)
             verdict = ", the best" if better else ""
             bar.write(f"step {progress.step}: validation accuracy {accuracy:.4f}{verdict}")
+
+    def _check_finite(self, model: nn.Module) -> None:
+        """Weights that are no numbers stay so: they may become neither the best ones nor a checkpoint."""
+        if not all(bool(weight.isfinite().all()) for weight in model.parameters()):
+            raise TrainingError(
+                f"at step {self.progress.step} the weights are no numbers any more, so training has ended; in another "
+                "--output-dir try a lower --learning-rate, or a longer --warmup-share"
+            )
 
     def _all_stop(self, asked_to_stop: StopRequest) -> bool:
         """All processes stop at the same step, or the others would wait for gradients that never come."""

@@ -18,7 +18,7 @@ from training.config import TrainConfig
 from training.errors import TrainingError
 from training.evaluate import evaluate
 from training.loop import learning_rate, train
-from training.objectives import drop_tokens
+from training.objectives import Classification, drop_tokens
 from training.stopping import StopRequest
 from training.tokenizer import CLASSIFY_ID, MASK_ID, PAD_ID
 
@@ -118,6 +118,27 @@ def test_a_crash_at_any_checkpoint_loses_nothing(
         train(crashed)
     train(crashed)
     assert_same_run(whole.output_dir, crashed.output_dir)
+
+
+@pytest.mark.parametrize(("broken_at", "kept"), [(12, 10), (25, 20), (1, None)])
+def test_weights_that_are_no_numbers_end_the_training_and_are_never_kept(
+    broken_at: int, kept: int | None, easy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They come apart before a validation, before a checkpoint, and before there is anything to keep."""
+    loss, asked = Classification.loss, 0
+
+    def overflow(self: Classification, *arguments: Any) -> torch.Tensor:
+        nonlocal asked
+        asked += 1
+        return loss(self, *arguments) * (math.nan if asked >= broken_at else 1)
+
+    monkeypatch.setattr(Classification, "loss", overflow)
+    with pytest.raises(TrainingError, match=r"the weights are no numbers any more.* a lower --learning-rate"):
+        train(tiny_config(easy_dir, tmp_path))
+    checkpoint = runs.read_checkpoint(tmp_path)
+    assert (checkpoint and checkpoint["progress"]["step"]) == kept
+    assert kept is None or all(weight.isfinite().all() for weight in [*best(tmp_path).values()])
+    assert kept is None or all(weight.isfinite().all() for weight in last(tmp_path)["model"].values())
 
 
 def test_a_finished_run_is_left_as_it_is(run: Path, easy_dir: Path, tmp_path: Path) -> None:
