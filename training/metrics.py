@@ -1,6 +1,7 @@
 """`metrics.jsonl`: what a training reports of itself on the way, its speed and memory among it."""
 
 import json
+import re
 import resource
 import sys
 import time
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from training.run import replace
+
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 """What `ru_maxrss` counts in, in bytes."""
 
@@ -18,14 +21,22 @@ class Log:
     """The file; a resumed run drops the lines of steps, and of validations, that it takes again."""
 
     def __init__(self, path: Path, step: int, epoch: int) -> None:
-        lines = [(json.loads(line), line) for line in path.read_text().splitlines()] if path.exists() else []
-        kept = [line for at, line in lines if at["step"] <= step and at["epoch"] <= epoch]
-        path.write_text("".join(f"{line}\n" for line in kept))
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        replace(path, b"".join(line for line in lines if _was_written_by(line, step, epoch)))
         self.path = path
 
     def write(self, **figures: object) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps(figures) + "\n")
+
+
+def _was_written_by(line: bytes, step: int, epoch: int) -> bool:
+    """Whether a line is of that step and epoch or before; a line of which a part was written is of none."""
+    try:
+        at = json.loads(line)
+        return bool(line.endswith(b"\n") and at["step"] <= step and at["epoch"] <= epoch)
+    except (ValueError, TypeError, KeyError):
+        return False
 
 
 class Meter:
@@ -49,8 +60,15 @@ class Meter:
 
 
 def peak_memory() -> dict[str, float]:
-    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
-    peak: dict[str, float] = {"peak_memory_mb": round(process / 1e6)}
+    peak: dict[str, float] = {"peak_memory_mb": round(_peak_bytes() / 1e6)}
     if torch.cuda.is_available():
         peak["peak_cuda_mb"] = round(torch.cuda.max_memory_allocated() / 1e6)
     return peak
+
+
+def _peak_bytes() -> int:
+    """Linux counts the peak of whoever started this process as its own, but for `VmHWM`."""
+    status = Path("/proc/self/status")
+    if status.exists() and (found := re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.MULTILINE)):
+        return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT

@@ -1,6 +1,8 @@
 """What a training cost, collected from what it wrote on its way."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -69,3 +71,41 @@ def test_the_speed_is_of_training_alone_since_it_was_last_read(monkeypatch: pyte
     second = meter.read()
     assert (second["tokens_per_second"], second["seconds"]) == (30, 2)
     assert second["peak_memory_mb"] > 50
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 100, "epo', b"\x00\x00\x00", b'"', b"\xff\n[]", b'{"step": 100}'])
+def test_a_line_that_was_written_in_part_does_not_keep_a_run_from_going_on(torn: bytes, tmp_path: Path) -> None:
+    """As a full disk or a power cut may leave it."""
+    path, first = tmp_path / "metrics.jsonl", '{"step": 50, "epoch": 0, "loss": 0.5}\n'
+    path.write_bytes(first.encode() + torn)
+    metrics.Log(path, step=100, epoch=1).write(step=150, epoch=1)
+    assert path.read_text() == first + '{"step": 150, "epoch": 1}\n'
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_log_is_whole_or_as_it_was_when_a_run_that_goes_on_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 50, "epoch": 0}\n{"step": 100, "epoch": 0}\n')
+    before = path.read_text()
+
+    def killed(self: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        metrics.Log(path, step=50, epoch=0)
+    assert path.read_text() == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process begins with a peak of its own")
+def test_the_peak_of_memory_is_this_processs_own_and_not_that_of_what_started_it() -> None:
+    """Linux hands the resource usage of whoever forked on to the program that it starts."""
+    code = (
+        "import subprocess, sys\nballast = bytearray(b'1' * 900_000_000)\n"
+        "child = 'from training.metrics import peak_memory; print(peak_memory()[\"peak_memory_mb\"])'\n"
+        "subprocess.run([sys.executable, '-c', child], check=True)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True).stdout
+    assert 50 < float(said) < 800
