@@ -22,7 +22,7 @@ from training.config import LinearConfig
 from training.data import Dataset, load_dataset
 from training.errors import TrainingError
 from training.metrics import Log
-from training.prepare import provenance, recorded_options, standing_run
+from training.prepare import check_texts, provenance, recorded_options, standing_run
 from training.run import LINEAR, RunInfo
 from training.scores import score
 
@@ -75,6 +75,8 @@ def fit(config: LinearConfig) -> dict[str, Any]:
     options = recorded_options(config) | {"architecture": LINEAR}
     standing = standing_run(config.output_dir, options, {})
     dataset = load_dataset(config.dataset, config.data_dir)
+    if standing:
+        check_texts(config.output_dir, standing, dataset)
     model = _solve(dataset, config.seed)
     figures = _validate(model, dataset)
     config.output_dir.mkdir(parents=True, exist_ok=True)

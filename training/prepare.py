@@ -1,7 +1,9 @@
 """Before the first step: the data, the run directory, and what the run says of itself."""
 
+import hashlib
 import importlib.metadata
 import random
+import secrets
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -35,6 +37,7 @@ def prepare_run(config: RunConfig, dataset: Dataset) -> RunInfo:
     """A new run directory, or the one that stands there if its options are the same."""
     directory, options = config.output_dir, recorded_options(config)
     if standing := standing_run(directory, options, recorded_options(type(config)())):
+        check_texts(directory, standing, dataset)
         return standing
     tokenizer = _tokenizer(config, dataset)
     directory.mkdir(parents=True, exist_ok=True)
@@ -66,6 +69,27 @@ def standing_run(directory: Path, options: Mapping[str, Any], defaults: Mapping[
             f"{directory} holds a run with other options ({', '.join(changed)}): choose another --output-dir"
         )
     return info
+
+
+def check_texts(directory: Path, info: RunInfo, dataset: Dataset) -> None:
+    """TrainingError where a run that stands there was begun with others: it can be finished with none but its own."""
+    now = {**_texts(dataset), "labels": list(dataset.labels)}
+    before = {**now, **info.provenance, "labels": info.labels}  # an old run has kept no digest
+    if changed := [name for name, value in now.items() if before[name] != value]:
+        raise TrainingError(
+            f"{directory} was begun with other texts ({', '.join(changed)} of data set '{dataset.name}' changed): give "
+            "the same --data-dir, or choose another --output-dir"
+        )
+
+
+def _texts(dataset: Dataset) -> dict[str, Any]:
+    """How many texts a run learns from and chooses its weights by, and a digest of all of them with their labels."""
+    parts, digest = {"train": dataset.train, "validation": dataset.validation}, hashlib.sha256()
+    for part in parts.values():
+        for text, label in zip(part.texts, part.labels, strict=True):
+            content = text.encode()
+            digest.update(b"%d %d " % (label, len(content)) + content)
+    return {"texts": {name: len(part) for name, part in parts.items()}, "texts_sha256": digest.hexdigest()}
 
 
 def _tokenizer(config: RunConfig, dataset: Dataset) -> Tokenizer:
@@ -101,10 +125,10 @@ def provenance(dataset: Dataset, architecture: str, seed: int, packages: Sequenc
     """Where a run that begins now comes from, for people; `packages` are those whose version matters."""
     now, kind = datetime.now(UTC), "" if dataset.labels else f"{dataset.task}-"
     return {
-        "run_id": f"{kind}{dataset.name}-{architecture}-{now:%Y%m%dT%H%M%SZ}",
+        "run_id": f"{kind}{dataset.name}-{architecture}-{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}",
         "started": f"{now:%Y-%m-%dT%H:%M:%SZ}",
         "dataset": dataset.name,
-        "texts": {"train": len(dataset.train), "validation": len(dataset.validation)},
+        **_texts(dataset),
         "commit": _commit(),
         "seed": seed,
         "machine": _machine(),

@@ -1,6 +1,7 @@
 """The linear model: it learns, is read back as it was, is measured and teaches as networks do, and is no network."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -165,6 +166,16 @@ def test_no_other_run_is_overwritten(floor: Path, run: Path, easy_dir: Path, tmp
     with pytest.raises(TrainingError, match=r"holds a run with other options .*architecture"):
         train(tiny_config(easy_dir, floor))
     assert {path: path.read_bytes() for one in (floor, run) for path in one.iterdir()} == before
+
+
+def test_it_is_fitted_again_to_the_same_texts_alone(floor: Path, easy_dir: Path, tmp_path: Path) -> None:
+    """Others would leave a run whose configuration tells of texts that it has not seen."""
+    again = Path(shutil.copytree(floor, tmp_path / "again"))
+    fit(LinearConfig("easy", easy_dir, again))
+    assert runs.read_info(again) == runs.read_info(floor)
+    write_easy(tmp_path, train=62)
+    with pytest.raises(TrainingError, match="was begun with other texts"):
+        fit(LinearConfig("easy", tmp_path, again))
 
 
 @pytest.mark.parametrize(

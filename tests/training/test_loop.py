@@ -12,13 +12,25 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training.easy import assert_same_run, best, difference, last, metrics, tiny_config, write_easy
+from tests.training.easy import (
+    assert_same_run,
+    best,
+    difference,
+    easy_records,
+    last,
+    metrics,
+    tiny_config,
+    write_easy,
+    write_jsonl,
+)
 from training import run as runs
 from training.config import TrainConfig
+from training.data import load_dataset
 from training.errors import TrainingError
 from training.evaluate import evaluate
 from training.loop import learning_rate, train
 from training.objectives import Classification, drop_tokens
+from training.prepare import provenance
 from training.stopping import StopRequest
 from training.tokenizer import CLASSIFY_ID, MASK_ID, PAD_ID
 
@@ -48,6 +60,12 @@ def test_the_run_says_what_it_is(run: Path, easy_dir: Path) -> None:
     assert info.provenance["seed"] == 13
     assert str(easy_dir) not in (run / "config.json").read_text()
     assert not list(run.glob("*.partial"))
+
+
+def test_runs_begun_at_once_are_told_apart(easy_dir: Path) -> None:
+    """As those of three seeds, begun by one line: a student keeps its teacher's id alone, and so does who begins."""
+    dataset = load_dataset("easy", easy_dir)
+    assert len({provenance(dataset, "recurrent", 13, ())["run_id"] for _ in range(9)}) == 9
 
 
 def test_checkpoints_hold_tensors_and_numbers_only(run: Path) -> None:
@@ -177,6 +195,38 @@ def test_a_run_with_other_options_is_not_resumed(run: Path, easy_dir: Path) -> N
     with pytest.raises(TrainingError, match=r"holds a run with other options \(learning_rate, seed\): choose another"):
         train(tiny_config(easy_dir, run, num_epochs=8, learning_rate=1e-3, seed=5))
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_a_run_goes_on_with_the_texts_that_it_was_begun_with_wherever_they_lie(run: Path, tmp_path: Path) -> None:
+    def go_on(into: str, data: Path) -> Path:
+        again = shutil.copytree(run, tmp_path / into)
+        return train(tiny_config(data, again, num_epochs=8))
+
+    write_easy(tmp_path / "moved")
+    assert_same_run(run, go_on("again", tmp_path / "moved"))
+    for name, records in {
+        "other-text": [*easy_records(59), {"text": "something else", "label": "good"}],
+        "other-label": [*easy_records(59), easy_records(60)[-1] | {"label": "bad"}],
+        "another": easy_records(62),
+        "third-label": [*easy_records(59), {"text": "neither", "label": "middling"}],
+    }.items():
+        write_easy(tmp_path / name)
+        write_jsonl(tmp_path / name / "easy" / "train.jsonl", records)
+        with pytest.raises(TrainingError, match=r"was begun with other texts.* choose another --output-dir$"):
+            go_on(f"run-{name}", tmp_path / name)
+
+
+def test_a_run_that_kept_no_digest_is_held_to_the_number_of_its_texts(
+    run: Path, easy_dir: Path, tmp_path: Path
+) -> None:
+    older = shutil.copytree(run, tmp_path / "older")
+    info = runs.read_info(older)
+    del info.provenance["texts_sha256"]
+    runs.write_info(older, info)
+    train(tiny_config(easy_dir, older, num_epochs=8))
+    write_easy(tmp_path / "more", train=62)
+    with pytest.raises(TrainingError, match="was begun with other texts"):
+        train(tiny_config(tmp_path / "more", older, num_epochs=8))
 
 
 def test_a_run_older_than_an_option_has_its_default(run: Path, easy_dir: Path, tmp_path: Path) -> None:
