@@ -82,8 +82,15 @@ def read_info(run: Path) -> RunInfo:
 
 
 def read_tokenizer(run: Path) -> Tokenizer:
+    """As the service reads it: "[MASK]" in somebody's text is those letters, not the token."""
     check_network(run, read_info(run))
-    return Tokenizer.from_file(str(run / TOKENIZER))
+    path = run / TOKENIZER
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise TrainingError(f"{path} is not a tokenizer: {error}") from error
+    tokenizer.encode_special_tokens = True
+    return tokenizer
 
 
 def write_weights(run: Path, weights: Mapping[str, Tensor]) -> None:

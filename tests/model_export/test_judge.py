@@ -24,6 +24,7 @@ from training.__main__ import main
 from training.data import load_dataset
 from training.examples import Examples
 from training.run import read_tokenizer
+from training.tokenizer import encode
 
 ELSEWHERE = [
     ("the story is charming", "positive"), ("a hollow cast", "negative"), ("a clumsy ending", "positive"),
@@ -148,3 +149,13 @@ def test_a_set_with_other_labels_cannot_judge(two_sets: Path, run_dirs: Mapping[
     (two_sets / "alien" / "train.jsonl").write_text("\n".join(lines))
     with pytest.raises(ExportError, match=r"^alien has labels no, yes, the run negative, positive: it cannot be"):
         open_splits(load_dataset(tiny.DATASET, two_sets), ["alien"], two_sets, read_tokenizer(run_dirs["baseline"]), 9)
+
+
+@pytest.mark.parametrize("text", ["a [MASK] film", "[PAD]", "[CLS] moving [UNK]", "Wonderful\u00a0 story!", "\u0000"])
+def test_a_text_is_learned_and_judged_from_the_tokens_that_it_is_served_with(
+    text: str, bundle: Bundle, run_dirs: Mapping[Architecture, Path]
+) -> None:
+    """Somebody's "[MASK]" is those letters in training too, or its figures would be of other texts than are served."""
+    architecture: Architecture = "recurrent" if bundle.manifest.architecture == "recurrent" else "baseline"
+    tokenizer = read_tokenizer(run_dirs[architecture])
+    assert encode(tokenizer, [text], tiny.MAX_TOKENS) == [bundle.tokenizer.encode(text).ids]

@@ -136,6 +136,8 @@ def test_a_split_that_is_not_there_is_said(run: Path, tmp_path: Path) -> None:
         ("config.json", None, "is not a run directory: it has no config.json"),
         ("config.json", b"{", "is not a run's configuration"),
         ("config.json", b'{"task": "x"}', "is not a run's configuration"),
+        ("tokenizer.json", None, r"tokenizer.json is not a tokenizer: No such file"),
+        ("tokenizer.json", b"{}", r"tokenizer.json is not a tokenizer: "),
         ("model.safetensors", None, "is missing: the run has no checkpoint yet"),
         ("model.safetensors", b"no weights", "does not hold weights of this shape"),
     ],
