@@ -14,6 +14,12 @@ from training.errors import TrainingError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
 SMALLEST_SPLIT = 4
+MOST_DIGITS = 9
+"""Of a label's number."""
+SHOWN = 48
+"""Characters of a label in a complaint."""
+LONGEST_FIELD = 2**31 - 1
+"""Characters in a field of a CSV file; the library's own 131,072 are fewer than some texts have."""
 UNDECODED = re.compile("[\ufffd\ud800-\udfff]")
 """What a failed decoding leaves behind: the replacement character, or half of a surrogate pair (JSON can spell one)."""
 
@@ -98,7 +104,7 @@ def _offset(record: Mapping[str, Any], column: str, where: str) -> int:
     value = record.get(column, 0)
     try:
         offset = int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         offset = -1
     if offset < 0:
         raise TrainingError(f"{where}: column '{column}' holds {value!r}, not a number of characters")
@@ -112,10 +118,11 @@ def _label(record: Mapping[str, Any], column: str, labels: Sequence[str], where:
     if value in labels:
         return labels.index(value)
     numbered = not any(label.isdecimal() for label in labels)  # else the numbers are names, and stand for themselves
-    if numbered and value.isdecimal() and int(value) < len(labels):
+    if numbered and value.isdecimal() and len(value) <= MOST_DIGITS and int(value) < len(labels):
         return int(value)
     or_number = f" (or 0 to {len(labels) - 1})" if numbered else ""
-    raise TrainingError(f"{where}: unknown label {value!r}; known: {', '.join(labels)}{or_number}")
+    shown = repr(value) if len(value) <= SHOWN else f"{value!r:.{SHOWN}}..."
+    raise TrainingError(f"{where}: unknown label {shown}; known: {', '.join(labels)}{or_number}")
 
 
 def read_records(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -144,6 +151,7 @@ def _decoded(stream: Iterable[bytes], path: Path) -> Iterator[str]:
 
 
 def _separated_records(lines: Iterator[str], delimiter: str, path: Path) -> Iterator[Mapping[str, Any]]:
+    csv.field_size_limit(LONGEST_FIELD)  # of the whole process, as the library has it
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
         header, rows = next(reader, []), (row for row in reader if row)
@@ -158,7 +166,7 @@ def _separated_records(lines: Iterator[str], delimiter: str, path: Path) -> Iter
 def _json_record(line: str, where: str) -> Mapping[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TrainingError(f"{where}: not JSON: {error}") from error
     if not isinstance(record, dict):
         raise TrainingError(f"{where}: a JSON object is needed, not {type(record).__name__}")

@@ -62,6 +62,13 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> Non
     assert len(read_examples(path, LABELS, Columns())) == 4
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_text_may_be_as_long_as_a_book(suffix: str, tmp_path: Path) -> None:
+    book = "word " * 100_000
+    path = write(tmp_path / f"train{suffix}", [{"text": book, "label": "bad"}] * 4)
+    assert read_examples(path, LABELS, Columns()).texts == [book] * 4
+
+
 @pytest.mark.parametrize("column", ["text", "sentence", "content"])
 def test_the_text_column_may_have_any_usual_name(column: str, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "train.jsonl", [{column: "fine", "label": 1, "other": None}] * 4)
@@ -104,6 +111,14 @@ def test_labels_that_are_themselves_numbers_stand_for_themselves(tmp_path: Path)
             {"text": "fine", "label": "bad", "body_start": -2},
             "column 'body_start' holds -2, not a number of characters",
         ),
+        (
+            {"text": "fine", "label": "bad", "body_start": float("inf")},
+            "column 'body_start' holds inf, not a number of characters",
+        ),
+        (
+            {"text": "fine", "label": "9" * 5000},
+            f"unknown label '{'9' * 47}...; known: bad, good (or 0 to 1)",
+        ),
     ],
 )
 def test_a_bad_record_is_named(broken: dict[str, Any], complaint: str, tmp_path: Path) -> None:
@@ -116,6 +131,7 @@ def test_a_bad_record_is_named(broken: dict[str, Any], complaint: str, tmp_path:
     [
         ("train.jsonl", b'{"text": "a", "label": 1}\n{"text": \n', ", row 2: not JSON: Expecting value"),
         ("train.jsonl", b'{"text": "a", "label": 1}\n\n', ", row 2: not JSON: Expecting value"),
+        ("train.jsonl", b'{"text": ' + b"[" * 100_000, ", row 1: not JSON: "),
         ("train.jsonl", b'["text", "label"]\n', ", row 1: a JSON object is needed, not list"),
         (
             "train.jsonl",
