@@ -65,7 +65,12 @@ def read_examples(path: Path, labels: Sequence[str], columns: Columns) -> Exampl
 
 def label_names(path: Path, column: str) -> list[str]:
     """The distinct labels of a file, sorted: what a data set that we don't know by name decides between."""
-    return sorted({str(record[column]) for record in read_records(path) if record.get(column) is not None})
+    return sorted({str(record[column]) for record in read_records(path) if not _is_empty(record.get(column))})
+
+
+def _is_empty(label: object) -> bool:
+    """What an empty cell of a table comes as: nothing, blanks, or the number that equals no number."""
+    return label is None or label != label or not str(label).strip()
 
 
 def collect(records: Iterable[Mapping[str, Any]], source: str, labels: Sequence[str], columns: Columns) -> Examples:
@@ -114,6 +119,8 @@ def _offset(record: Mapping[str, Any], column: str, where: str) -> int:
 def _label(record: Mapping[str, Any], column: str, labels: Sequence[str], where: str) -> int:
     if column not in record:
         raise TrainingError(f"{where}: no column '{column}'; it has {', '.join(record)}")
+    if _is_empty(record[column]):
+        raise TrainingError(f"{where}: the label is empty")
     value = str(record[column])
     if value in labels:
         return labels.index(value)

@@ -91,7 +91,7 @@ def test_labels_that_are_themselves_numbers_stand_for_themselves(tmp_path: Path)
         ({"text": "fine", "label": "ugly"}, "unknown label 'ugly'; known: bad, good (or 0 to 1)"),
         ({"text": "fine", "label": 2}, "unknown label '2'; known: bad, good (or 0 to 1)"),
         ({"text": "fine", "label": -1}, "unknown label '-1'; known: bad, good (or 0 to 1)"),
-        ({"text": "fine", "label": None}, "unknown label 'None'; known: bad, good (or 0 to 1)"),
+        ({"text": "fine", "label": None}, "the label is empty"),
         ({"text": " \n\t", "label": "bad"}, "the text is empty"),
         ({"text": 7, "label": "bad"}, "column 'text' holds int, not text"),
         ({"text": None, "label": "bad"}, "column 'text' holds NoneType, not text"),
@@ -169,6 +169,17 @@ def test_a_damaged_gzip_file_is_named(damage: Callable[[bytes], bytes], tmp_path
     message = refusal(path)
     assert message.startswith(f"{path}, after line ")
     assert "cannot be read" in message
+
+
+@pytest.mark.parametrize("missing", ["", "  ", float("nan")])
+def test_a_missing_label_is_no_label_of_ones_own(missing: object, tmp_path: Path) -> None:
+    """As a table's empty cell comes; it would be a class that no bundle may have."""
+    named, suffix = ((1.0, 2.0), "parquet") if isinstance(missing, float) else (("a", "b"), "csv")
+    path = write(tmp_path / f"train.{suffix}", [{"text": "fine", "label": label} for label in (*named, missing)] * 2)
+    labels = label_names(path, "label")
+    assert len(labels) == 2
+    with pytest.raises(TrainingError, match=r"row 3: the label is empty$"):
+        read_examples(path, labels, Columns())
 
 
 def test_two_files_for_one_split_are_refused(tmp_path: Path) -> None:
