@@ -61,7 +61,7 @@ class Speed:
 
 
 def main(arguments: list[str]) -> int:
-    """Runs one command; returns the exit status."""
+    """Runs one command; returns the exit status (130 after Ctrl-C)."""
     try:
         if arguments[:1] == ["inspect"]:
             _inspect(tyro.cli(Inspect, prog="python -m model_export inspect", args=arguments[1:]))
@@ -72,6 +72,9 @@ def main(arguments: list[str]) -> int:
     except (ExportError, TrainingError, StartError) as error:
         print(f"model_export: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("model_export: stopped; nothing was written", file=sys.stderr)
+        return 130
     return 0
 
 

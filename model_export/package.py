@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import onnxruntime
 from onnx import ModelProto
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from model_export import ops
 from model_export.calibrate import calibrate
@@ -33,7 +33,9 @@ from service.bundle import (
     Difference,
     Graph,
     GraphRole,
+    Label,
     Manifest,
+    Name,
     Parity,
     Precision,
     StoredFile,
@@ -48,10 +50,18 @@ from training.architectures.encoder import Encoder
 from training.batches import pad, sorted_batches
 from training.data import load_dataset
 from training.run import RunInfo
-from training.tokenizer import encode
+from training.tokenizer import encode, encode_whole
 
 RANGE_TEXTS = 512
 THREADS = 2
+
+
+class _Names(BaseModel):
+    """A run's own words in a manifest: what no bundle may have is refused before anything is computed."""
+
+    name: Name
+    task: Name
+    labels: list[Label]
 
 
 @dataclass(frozen=True)
@@ -98,11 +108,11 @@ def export(options: ExportOptions) -> Path:
         raise ExportError(f"{options.out} exists and is not a bundle: it will not be replaced")
     if not options.precisions:
         raise ExportError("no precision to export: name fp16, int8 or both")
-    source = _open(options)
     partial = options.out.with_name(f".{options.out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
+        source = _open(options)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
         manifest = _write(source, options, partial)
         runs.replace(partial / README, render(manifest).encode())
         runs.replace(partial / MANIFEST, (manifest.model_dump_json(indent=2) + "\n").encode())
@@ -114,6 +124,10 @@ def export(options: ExportOptions) -> Path:
     return options.out
 
 
+def _name(info: RunInfo) -> str:
+    return f"{info.task}-{info.architecture}"
+
+
 def _replaceable(out: Path) -> bool:
     return not out.exists() or (out / MANIFEST).exists() or (out.is_dir() and not any(out.iterdir()))
 
@@ -121,6 +135,7 @@ def _replaceable(out: Path) -> bool:
 def _open(options: ExportOptions) -> _Source:
     info = runs.read_info(options.run)
     model = runs.read_model(options.run)
+    _Names(name=_name(info), task=info.task, labels=info.labels)
     tokenizer = runs.read_tokenizer(options.run)
     dataset = load_dataset(info.options["dataset"], options.data_dir)
     if list(dataset.labels) != info.labels:
@@ -129,7 +144,7 @@ def _open(options: ExportOptions) -> _Source:
     splits = open_splits(dataset, options.judge_on, options.data_dir, tokenizer, limit)
     texts = dataset.train.texts
     measured = texts[:: max(1, len(texts) // RANGE_TEXTS)]
-    lengths = [len(encoding) for encoding in tokenizer.encode_batch_fast(texts)]
+    lengths = [len(ids) for ids in encode_whole(tokenizer, texts)]
     return _Source(info, model, splits, encode(tokenizer, measured, limit), lengths)
 
 
@@ -141,14 +156,8 @@ def _write(source: _Source, options: ExportOptions, directory: Path) -> Manifest
     stored = _Stored({"fp32": source.splits.run(engine, source.iterations)})
     shutil.rmtree(directory / "fp32")
     for precision in options.precisions:
-        _store(
-            stored,
-            precision,
-            to_fp16(fp32) if precision == "fp16" else _to_int8(fp32, source),
-            source,
-            options,
-            directory,
-        )
+        graphs = to_fp16(fp32) if precision == "fp16" else _to_int8(fp32, source)
+        _store(stored, precision, graphs, source, options, directory)
     if not stored.graphs:
         raise ExportError("; ".join(stored.left_out.values()))
     portable: dict[StoredPrecision, ModelProto] = {}
@@ -253,7 +262,7 @@ def _manifest(
     learned_from, fp32 = runs.learned_from(info), stored.logits["fp32"]
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
-        name=f"{info.task}-{info.architecture}",
+        name=_name(info),
         task=info.task,
         architecture=info.architecture,
         version="0" * 12,

@@ -28,10 +28,16 @@ BATCH_SIZE = 32
 
 @dataclass(frozen=True)
 class Tolerances:
-    """How far a stored precision may be from FP32 on the validation split, at the last iteration."""
+    """How far a stored precision may be from FP32 on any split, at the last iteration."""
 
     accuracy_lost: float = 0.005
     labels_agree: float = 0.98
+
+    def __post_init__(self) -> None:
+        options = {"--max-accuracy-lost": self.accuracy_lost, "--min-labels-agree": self.labels_agree}
+        for name, share in options.items():
+            if not 0 <= share <= 1:
+                raise ExportError(f"{name} is {share}; a share from 0 to 1 is needed")
 
 
 def run_engine(engine: Engine, ids: Sequence[Sequence[int]], iterations: int) -> FloatArray:

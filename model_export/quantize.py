@@ -6,6 +6,8 @@ scale is measured once, over training texts at every iteration, and the graph ho
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
+from math import gcd
 
 import numpy as np
 import onnxruntime
@@ -16,7 +18,7 @@ FloatArray = NDArray[np.float32]
 
 PERCENTILES = (0.01, 99.99)
 SAMPLE_STRIDE = 7
-"""Every how manieth activation is kept: millions remain, and a prime meets every column."""
+"""Every how manieth activation is kept, or one of a few more: millions remain."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,13 @@ def measure_ranges(
     samples: dict[str, list[FloatArray]] = {name: [] for name in names}
     for outputs in drive(session):
         for name, values in zip(names, outputs[-len(names) :], strict=True):
-            samples[name].append(values.ravel()[::SAMPLE_STRIDE])
+            samples[name].append(values.ravel()[:: _stride(values.shape[-1])])
     return {name: _range(np.concatenate(parts)) for name, parts in samples.items()}
+
+
+def _stride(width: int) -> int:
+    """The first that meets every column: one that has a divisor in common with the width would always miss some."""
+    return next(stride for stride in count(SAMPLE_STRIDE) if gcd(stride, width) == 1)
 
 
 def _with_outputs(model: ModelProto, names: Sequence[str]) -> ModelProto:

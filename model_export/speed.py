@@ -8,6 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from model_export.errors import ExportError
 from model_export.parity import run_engine
 from service.bundle import load_bundle
 from service.engine import open_engine
@@ -22,6 +23,8 @@ def speed(bundles: Sequence[Path], texts: Path, most: int, rounds: int) -> dict[
 
     Medians over rounds in which all take turns, one thread; `texts` is a file of records with a `text`.
     """
+    if rounds < 1 or most < 1:
+        raise ExportError(f"--rounds {rounds} --most {most}: at least 1 of each is needed")
     inputs = [record["text"] for record in read_records(texts)][:most]
     opened = [load_bundle(path) for path in bundles]
     engines = {

@@ -118,11 +118,24 @@ def test_a_precision_that_answers_otherwise_is_not_exported(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_task_that_cannot_name_a_bundle_is_said(
-    run_dirs: Mapping[Architecture, Path], data_dir: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        ({"task": "My Reviews"}, r"^the manifest would not be valid: name: "),
+        ({"labels": ["negative", "p" * 65]}, r"^the manifest would not be valid: labels\.1: "),
+    ],
+)
+def test_a_task_or_label_that_no_bundle_may_have_is_said_before_anything_is_computed(
+    config: dict[str, Any],
+    complaint: str,
+    run_dirs: Mapping[Architecture, Path],
+    data_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run = altered_run(run_dirs["baseline"], tmp_path / "run", task="My Reviews")
-    with pytest.raises(ExportError, match=r"^the manifest would not be valid: name: "):
+    run = altered_run(run_dirs["baseline"], tmp_path / "run", **config)
+    monkeypatch.setattr(model_export.package, "export_graphs", lambda model: pytest.fail("said too late"))
+    with pytest.raises(ExportError, match=complaint):
         export(export_options(run, tmp_path / "out", data_dir))
     assert not (tmp_path / "out").exists()
 
@@ -193,6 +206,22 @@ def test_what_cannot_be_exported_is_said_in_one_line(
     other = altered_run(run, tmp_path / "other", labels=["good", "bad"])
     assert "has labels negative, positive, the run good, bad" in refused([other, out, *data], capsys)
     assert not out.exists()
+
+
+def test_ctrl_c_says_that_nothing_was_written_and_leaves_nothing(
+    run_dirs: Mapping[Architecture, Path],
+    data_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model_export.package, "to_fp16", stopped)
+    assert main([str(run_dirs["baseline"]), str(tmp_path / "out"), "--data-dir", str(data_dir)]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "model_export: stopped; nothing was written"
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_inspected_is_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

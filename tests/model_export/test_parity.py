@@ -109,6 +109,13 @@ def test_a_precision_may_lose_as_much_as_is_allowed_and_no_more() -> None:
         differ(fp32, found, accuracy_lost=0.11, labels_agree=0.95)
 
 
+@pytest.mark.parametrize("wrong", [{"accuracy_lost": np.nan}, {"accuracy_lost": -0.1}, {"labels_agree": 98.0}])
+def test_a_tolerance_is_a_share(wrong: dict[str, float]) -> None:
+    """What is no number would let everything pass."""
+    with pytest.raises(ExportError, match=r"^--(max-accuracy-lost|min-labels-agree) is .*; a share from 0 to 1"):
+        Tolerances(**wrong)
+
+
 def test_disagreeing_for_the_better_is_still_disagreeing() -> None:
     with pytest.raises(ExportError, match="agrees"):
         differ([UNSURE] * 10, [SURE] * 10)

@@ -86,6 +86,16 @@ def test_a_product_with_measured_ranges_is_close_to_the_one_in_floating_point() 
     assert np.abs(found - exact).max() > 0
 
 
+@pytest.mark.parametrize("width", [1, 7, 64, 448, 1001])
+def test_every_column_is_measured_whatever_the_width(width: int) -> None:
+    """One column holds what no other does; of 448 columns every seventh value would be of 64 columns alone."""
+    hidden = np.full((700, width), 0.5, dtype=np.float32)
+    hidden[:, -1] = 8.0
+    model = product(np.ones((width, 2), dtype=np.float32))
+    ranges = measure_ranges(model, lambda session: [session.run(None, {"hidden": hidden})])
+    assert ranges["hidden"].high == 8.0
+
+
 def test_a_row_does_not_depend_on_the_other_rows() -> None:
     rng = np.random.default_rng(4)
     model = product(rng.standard_normal((16, 3)).astype(np.float32))

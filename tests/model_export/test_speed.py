@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import pytest
+
 from model_export.__main__ import main
 from service.bundle import MANIFEST, load_bundle
 from tests import tiny
@@ -31,6 +33,22 @@ def test_every_stored_precision_is_timed(models_dir: Path, data_dir: Path, tmp_p
             assert one["milliseconds_per_text"] > 0
         assert found[bundle.name]["fp16"]["run_as"] == "fp32 on cpu"
         assert found[bundle.name]["int8"]["run_as"] == "int8 on cpu"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--rounds", "0"], "--rounds 0 --most 512: at least 1 of each is needed"),
+        (["--most", "0"], "--rounds 5 --most 0: at least 1 of each is needed"),
+    ],
+)
+def test_what_cannot_be_timed_is_said(
+    arguments: list[str], complaint: str, models_dir: Path, data_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = data_dir / tiny.DATASET / "validation.jsonl"
+    bundle = models_dir / f"{tiny.DATASET}-baseline"
+    assert main(["speed", str(bundle), "--texts", str(texts), "--output", "none.json", *arguments]) == 1
+    assert capsys.readouterr().err == f"model_export: {complaint}\n"
 
 
 def test_the_precision_experiment_reads_what_the_export_wrote(

@@ -186,12 +186,14 @@ def test_the_report_shows_means_spread_and_paired_differences() -> None:
         for seed, accuracy in zip((1, 2), found, strict=True)
     ]
     config = ExperimentsConfig("domain", seeds=(1, 2), effort=0.5)
-    page = as_markdown(config, EXPERIMENTS["domain"], [{"num_epochs": 1, "seed": 1}, {"num_epochs": 2}], results, [])
+    page = as_markdown(
+        config, EXPERIMENTS["domain"], [{"num_epochs": 1, "seed": 1}, {"num_epochs": 2, "width": 384}], results, []
+    )
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| row")]
     assert rows[0] == ["row", "test", "baseline", "0.8200 ± 0.0283", "0.5000 ± 0.0000", "-", "-", "0.9000", "80 / 10"]
     assert rows[1][3] == "0.8200 ± 0.0000"
     assert rows[2] == ["row", "test", "recurrent", "+0.00 ± 2.83", "-1.00"]
-    assert "num epochs 1 or 2." in page
+    assert "num epochs 1 or 2, width 384 (some)." in page
     assert page.endswith("Made by `python -m training experiments domain --seeds 1 2 --effort 0.5`\n")
 
 

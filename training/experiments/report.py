@@ -140,11 +140,14 @@ def _spread_note(seeds: Sequence[int]) -> str:
 
 def _recipe_words(recipes: Sequence[Mapping[str, Any]]) -> str:
     """What all trainings have in common, and what some have otherwise."""
-    names = [name for name in recipes[0] if name not in ("architecture", "dataset", "seed")]
+    names = dict.fromkeys(
+        name for recipe in recipes for name in recipe if name not in ("architecture", "dataset", "seed")
+    )
     words = []
     for name in names:
         values = list(dict.fromkeys(str(recipe[name]) for recipe in recipes if name in recipe))
-        words.append(f"{name.replace('_', ' ')} {' or '.join(values)}")
+        some = "" if all(name in recipe for recipe in recipes) else " (some)"
+        words.append(f"{name.replace('_', ' ')} {' or '.join(values)}{some}")
     return ", ".join(words)
 
 
