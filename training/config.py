@@ -10,6 +10,8 @@ from training.shapes import SHAPES, EncoderConfig
 
 SMALLEST_VOCABULARY = 260
 """Every byte and the four special tokens."""
+FEWEST_TOKENS = 3
+"""Of a text that is cut: with fewer the exporter takes a text's length for fixed."""
 SEEDS = 2**32
 """What scikit-learn takes; PyTorch would take more."""
 
@@ -89,6 +91,8 @@ class RunConfig:
             raise TrainingError(f"--weight-decay is {self.weight_decay}; 0 or a number above is needed")
         if not 0 < self.train_share <= 1:
             raise TrainingError(f"--train-share {self.train_share}: a share above 0 and up to 1 is needed")
+        if self.max_tokens < FEWEST_TOKENS:
+            raise TrainingError(f"--max-tokens is {self.max_tokens}; at least {FEWEST_TOKENS} are needed")
         if self.vocabulary < SMALLEST_VOCABULARY:
             raise TrainingError(f"--vocabulary is {self.vocabulary}; at least {SMALLEST_VOCABULARY} are needed")
         if self.sample_iterations and self.architecture != "recurrent":

@@ -9,9 +9,12 @@ import onnx
 import onnxruntime
 import pytest
 
-from model_export.graphs import Graphs, describe, to_fp16, unroll
+from model_export.graphs import Graphs, describe, export_graphs, to_fp16, unroll
 from model_export.ops import DOMAIN, OPSET
 from service.bundle import Bundle
+from training.architectures.recurrent import RecurrentTransformer
+from training.config import FEWEST_TOKENS
+from training.shapes import EncoderConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,6 +37,11 @@ def test_every_graph_passes_the_checker_and_is_of_the_stated_opset(bundle: Bundl
         model = onnx.load(path)
         onnx.checker.check_model(model, full_check=True)
         assert {entry.domain: entry.version for entry in model.opset_import} == {"": OPSET, DOMAIN: 1}
+
+
+def test_the_fewest_tokens_that_a_training_takes_can_be_exported() -> None:
+    shape = EncoderConfig(1, 2, width=8, heads=2, feed_forward=8, classes=2, vocabulary=16, max_tokens=FEWEST_TOKENS)
+    assert export_graphs(RecurrentTransformer(shape)).keys() == {"embed", "step"}
 
 
 def test_every_graph_loads_in_a_plain_session_and_takes_what_the_manifest_says(bundle: Bundle) -> None:
