@@ -45,6 +45,7 @@ class RecordConfig:
 
 
 TRAININGS: Mapping[str, type[RunConfig]] = {"pretrain": PretrainConfig, "train": TrainConfig}
+RESUMED = frozenset({*TRAININGS, "experiments"})
 
 
 def main(arguments: list[str]) -> int:
@@ -67,7 +68,8 @@ def main(arguments: list[str]) -> int:
         print(f"training: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("training: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        goes_on = "; the same command goes on from the last checkpoint" if RESUMED.intersection(arguments) else ""
+        print(f"training: stopped{goes_on}", file=sys.stderr)
         return 130
     return 0
 

@@ -200,6 +200,21 @@ def test_ctrl_c_leaves_checkpoints_that_evaluate_and_resume_take(easy_dir: Path,
     assert 0 < checkpoint["progress"]["step"] < 2000 * 15
 
 
+@pytest.mark.parametrize(
+    ("arguments", "place"),
+    [(["linear"], "training.linear.fit"), (["evaluate", "nothing"], "training.evaluate.evaluate")],
+)
+def test_ctrl_c_promises_no_checkpoint_where_there_is_none(
+    arguments: list[str], place: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(place, stopped)
+    assert main(arguments) == 130
+    assert capsys.readouterr().err == "training: stopped\n"
+
+
 def test_two_processes_train_one_run_as_one_process_with_twice_the_batch(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
