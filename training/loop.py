@@ -46,7 +46,7 @@ def train(config: TrainConfig) -> Path:
     """Trains (or resumes) until done, patience ends, or a signal asks to stop; returns the run directory."""
     accelerator = make_accelerator(config)
     dataset = prepare_dataset(config)
-    check_teachers(config.teacher, dataset.labels)
+    check_teachers(config.teacher, dataset.labels, config.output_dir)
     with accelerator.main_process_first():
         info = prepare_run(config, dataset) if accelerator.is_main_process else runs.read_info(config.output_dir)
         taught_NC = teach(config.teacher, dataset.train.texts, config.output_dir, accelerator.device)

@@ -40,8 +40,6 @@ def prepare_run(config: RunConfig, dataset: Dataset) -> RunInfo:
         check_texts(directory, standing, dataset)
         return standing
     tokenizer = _tokenizer(config, dataset)
-    directory.mkdir(parents=True, exist_ok=True)
-    runs.replace(directory / runs.TOKENIZER, tokenizer.to_str().encode())
     info = RunInfo(
         task=dataset.task,
         labels=list(dataset.labels),
@@ -51,6 +49,10 @@ def prepare_run(config: RunConfig, dataset: Dataset) -> RunInfo:
         provenance=provenance(dataset, config.architecture, config.seed, ("torch", "tokenizers", "accelerate"))
         | {"initialised_from": options.get("initialised_from"), "learned_from": _learned_from(config, dataset)},
     )
+    if isinstance(config, TrainConfig) and config.init_from:
+        runs.initialise(info.build_model(), info.labels, config.init_from)  # or a run that cannot begin stands there
+    directory.mkdir(parents=True, exist_ok=True)
+    runs.replace(directory / runs.TOKENIZER, tokenizer.to_str().encode())
     runs.write_info(directory, info)
     return info
 

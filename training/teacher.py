@@ -16,12 +16,17 @@ LOGITS = "teacher.safetensors"
 BLOCK = 5000
 
 
-def check_teachers(teachers: Sequence[Path], labels: Sequence[str]) -> None:
-    """A teacher may have any shape, architecture and tokenizer, but must decide between the same labels."""
-    for run in teachers:
-        known = runs.read_info(run).labels
+def check_teachers(teachers: Sequence[Path], labels: Sequence[str], run: Path) -> None:
+    """A teacher may have any shape, architecture and tokenizer, but must decide between the same labels.
+
+    Where `run` has not begun it must also be readable: else what stood there could not begin, nor anything else.
+    """
+    for teacher in teachers:
+        known = runs.read_info(teacher).labels
         if known != list(labels):
-            raise TrainingError(f"--teacher {run} knows the labels {', '.join(known)}, not {', '.join(labels)}")
+            raise TrainingError(f"--teacher {teacher} knows the labels {', '.join(known)}, not {', '.join(labels)}")
+        if not (run / runs.CONFIG).exists():
+            read_classifier(teacher, torch.device("cpu"))
 
 
 def teach(teachers: Sequence[Path], texts: Sequence[str], run: Path, device: torch.device) -> Tensor | None:

@@ -297,6 +297,7 @@ def test_a_training_can_start_from_another_runs_weights(run: Path, easy_dir: Pat
     assert str(run) not in (config.output_dir / "config.json").read_text()
     with pytest.raises(TrainingError, match=r"does not hold weights of this shape"):
         train(tiny_config(easy_dir, tmp_path / "wide", init_from=run, width=64))
+    assert not (tmp_path / "wide").exists(), "or the directory would be taken, by a run that cannot begin"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA, so fp16 is welcome")

@@ -125,3 +125,14 @@ def test_a_teacher_of_another_task_is_refused_before_anything_is_written(
     with pytest.raises(TrainingError, match="knows the labels bad, good, not no, yes"):
         train(tiny_config(tmp_path / "data", tmp_path / "run", dataset="answers", teacher=(run,)))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_without_weights_is_refused_before_anything_is_written(
+    run: Path, tmp_path: Path, easy_dir: Path
+) -> None:
+    """Or the directory would be taken, by a run that cannot begin."""
+    begun = Path(shutil.copytree(run, tmp_path / "begun"))
+    (begun / runs.WEIGHTS).unlink()
+    with pytest.raises(TrainingError, match=r"begun.model\.safetensors is missing: the run has no checkpoint yet"):
+        train(tiny_config(easy_dir, tmp_path / "run", teacher=(run, begun)))
+    assert not (tmp_path / "run").exists()
