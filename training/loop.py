@@ -143,7 +143,7 @@ class Loop:
         lengths = [len(ids) for ids in self.objective.ids]
         batches = epoch_batches(lengths, self.config.batch_size, self.config.seed, epoch)
         per_step = self.accelerator.num_processes * self.config.gradient_accumulation
-        batches = batches[: len(batches) // per_step * per_step] or batches * per_step
+        batches = batches[: len(batches) // per_step * per_step] or (batches * per_step)[:per_step]
         return [
             batches[i : i + per_step][self.accelerator.process_index :: self.accelerator.num_processes]
             for i in range(0, len(batches), per_step)

@@ -257,6 +257,22 @@ def test_the_seed_decides_the_result(easy_dir: Path, tmp_path: Path) -> None:
     assert difference(last(first)["model"], last(other)["model"]) > 1e-2
 
 
+def test_fewer_batches_than_a_step_adds_up_are_one_step(
+    easy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fifteen batches where sixteen are asked for: every text once, and those of one batch twice."""
+    loss, seen = Classification.loss, list[int]()
+
+    def count(self: Classification, model: Any, batch: list[int], iterations: int | None) -> torch.Tensor:
+        seen.extend(batch)
+        return loss(self, model, batch, iterations)
+
+    monkeypatch.setattr(Classification, "loss", count)
+    train(tiny_config(easy_dir, tmp_path, gradient_accumulation=16, num_epochs=1))
+    assert [line["step"] for line in metrics(tmp_path)] == [1]
+    assert (len(seen), set(seen)) == (64, set(range(60)))
+
+
 def test_accumulated_gradients_equal_those_of_the_bigger_batch(tmp_path: Path) -> None:
     """Sixteen texts are one step as one batch and as two of eight, if nothing is dropped at random."""
     write_easy(tmp_path, train=16)
