@@ -274,7 +274,10 @@ def test_a_bad_file_does_not_keep_the_others_from_their_shards(
         (["--keep", "day"], "a.csv: no column 'day'"),
         (["--max-iterations", "0"], "--max-iterations 0"),
         (["--exit-threshold", "1.5"], "--exit-threshold 1.5"),
-        (["--task", "weather"], "for weather recurrent; there is sentiment baseline, sentiment recurrent"),
+        (
+            ["--task", "weather"],
+            "for weather recurrent; there is domain baseline, domain recurrent, sentiment baseline, ",
+        ),
         (["--model", "nowhere"], "nowhere"),
     ],
 )
