@@ -103,21 +103,23 @@ def quality_rows(task: str) -> list[str]:
 
 
 def test_experiments_are_those_that_the_command_wrote() -> None:
-    written = [
-        result | {"row": result["row"] if name == "data-size" else "100 %"}
-        for name in ("data-size", "transfer")
-        for result in json.loads((ROOT / f"docs/results/{name}.json").read_text(encoding="utf-8"))["results"]
-    ]
-    found = {
-        (one["row"], one["test"], one["model"]): [f"{one['iterations'][-1]['accuracy']:.4f}", f"{one['published']:.4f}"]
-        if one["published"]
-        else [f"{one['iterations'][-1]['accuracy']:.4f}", "-"]
-        for one in reversed(written)
-    }
+    found = experiment_figures("transfer", "100 %") | experiment_figures("data-size")
     shown = re.findall(r"^\| SST-2, (\d+ %) \| ([^|]+) \| (.+) \|$", README, flags=re.MULTILINE)
     assert len(shown) == 5
     for row, test, figures in shown:
-        assert figures.split(" | ") == [*found[row, test, "baseline"], *found[row, test, "recurrent"]]
+        assert figures == f"{found[row, test, 'baseline']} | {found[row, test, 'recurrent']}"
+
+
+def experiment_figures(name: str, row: str | None = None) -> dict[tuple[str, str, str], str]:
+    """By row (or the one given), test and model: the accuracy at full depth, and the published one."""
+    results = json.loads((ROOT / f"docs/results/{name}.json").read_text(encoding="utf-8"))["results"]
+    return {
+        (row or one["row"], one["test"], one["model"]): " | ".join(
+            "-" if accuracy is None else f"{accuracy:.4f}"
+            for accuracy in (one["iterations"][-1]["accuracy"], one["published"])
+        )
+        for one in results
+    }
 
 
 def test_make_targets_and_files_exist() -> None:

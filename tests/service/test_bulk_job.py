@@ -276,7 +276,8 @@ def test_a_bad_file_does_not_keep_the_others_from_their_shards(
         (["--exit-threshold", "1.5"], "--exit-threshold 1.5"),
         (
             ["--task", "weather"],
-            "for weather recurrent; there is domain baseline, domain recurrent, sentiment baseline, ",
+            "for weather recurrent; "
+            "there is domain baseline, domain recurrent, sentiment baseline, sentiment recurrent",
         ),
         (["--model", "nowhere"], "nowhere"),
     ],
