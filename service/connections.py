@@ -250,6 +250,8 @@ class Connection(HttpToolsProtocol):
         if self._running is not None and not self._running.response_complete:
             self._running.disconnected = True
             self._running.message_event.set()
+        self._running = None
+        self.cycle = None  # type: ignore[assignment]  # it and its connection hold each other: both would be garbage
 
     def check(self, now: float) -> None:
         """Cut off a client that takes too long; `now` as time.monotonic() has it."""
@@ -300,9 +302,11 @@ class Connection(HttpToolsProtocol):
 
     def _end(self) -> None:
         """Close, but let a client that is still sending stop first: closed at once, its answer is lost in a reset."""
+        if self.transport.is_closing():
+            return
         if not self._deaf and not self.cycle.more_body:
             self.transport.close()
-        elif not self.transport.is_closing():
+        else:
             self._deaf = True
             self.flow.resume_reading()
             self.transport.write_eof()

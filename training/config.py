@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from training.errors import TrainingError
-from training.shapes import SHAPES, EncoderConfig
+from training.shapes import SHAPES, EncoderConfig, Pooling
 
 SMALLEST_VOCABULARY = 260
 """Every byte and the four special tokens."""
@@ -42,6 +42,8 @@ class RunConfig:
     width: int | None = None
     heads: int | None = None
     feed_forward: int | None = None
+    pooling: Pooling = "mean"
+    """What the head reads: the mean of all tokens, or the first one alone, as in BERT."""
     max_tokens: int = 256
     """Longer texts are cut, in training and in serving; pretraining goes on with the rest in another row."""
     tokenizer: Literal["wordpiece", "bpe"] = "wordpiece"
@@ -106,7 +108,12 @@ class RunConfig:
         given = {name: getattr(self, name) for name in ("layers", "width", "heads", "feed_forward")}
         shape |= {name: value for name, value in given.items() if value is not None}
         return EncoderConfig(
-            **shape, classes=classes, vocabulary=vocabulary, max_tokens=self.max_tokens, dropout=self.dropout
+            **shape,
+            classes=classes,
+            vocabulary=vocabulary,
+            max_tokens=self.max_tokens,
+            dropout=self.dropout,
+            pooling=self.pooling,
         )
 
 

@@ -2,8 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from training.errors import TrainingError
+
+Pooling = Literal["mean", "first"]
+"""What the head reads: the mean of all tokens, or the first one alone."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,7 @@ class EncoderConfig:
     vocabulary: int = 4096
     max_tokens: int = 256
     dropout: float = 0.1
+    pooling: Pooling = "mean"
 
     def __post_init__(self) -> None:
         if self.width % (2 * self.heads):

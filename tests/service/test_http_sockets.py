@@ -44,6 +44,22 @@ def test_a_request_leaves_nothing_to_the_garbage_collector() -> None:
     assert left <= 2
 
 
+def test_a_connection_leaves_nothing_to_the_garbage_collector() -> None:
+    with live() as served:
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(20):
+                with closing(HTTPConnection("127.0.0.1", served.port, timeout=10)) as connection:
+                    connection.request("GET", "/healthz")
+                    assert connection.getresponse().read()
+            wait_until(lambda: not served.server.server_state.connections)
+            left = sum(isinstance(found, Connection) for found in gc.get_objects())
+        finally:
+            gc.enable()
+    assert left <= 2
+
+
 def test_nothing_runs_for_a_client_that_left() -> None:
     with live() as served, ThreadPoolExecutor() as pool:
         served.fake.recurrent.gate.clear()

@@ -10,21 +10,21 @@ from torch import Tensor
 
 from training.architectures import ARCHITECTURES
 from training.architectures.encoder import Encoder
-from training.architectures.leaves import Attention, rope_tables
+from training.architectures.leaves import Attention, masked_mean, rope_tables
 from training.batches import pad
 from training.config import TrainConfig
 from training.errors import TrainingError
 from training.ops import rope
-from training.shapes import EncoderConfig
+from training.shapes import EncoderConfig, Pooling
 
 MAX_TOKENS = 24
 
 
-def small(architecture: str, iterations: int) -> Encoder:
+def small(architecture: str, iterations: int, pooling: Pooling = "mean") -> Encoder:
     """Weights ten times as large as at the start of a training, so that a leak would show in the logits."""
     torch.manual_seed(0)
     shape = {"layers": 2, "width": 32, "heads": 4, "feed_forward": 40, "classes": 3, "vocabulary": 50}
-    config = EncoderConfig(**shape, iterations=iterations, max_tokens=MAX_TOKENS)
+    config = EncoderConfig(**shape, iterations=iterations, max_tokens=MAX_TOKENS, pooling=pooling)
     model = ARCHITECTURES[architecture](config).eval()
     for weight in model.parameters():
         weight.data *= 10 if weight.ndim == 2 else 1
@@ -32,6 +32,7 @@ def small(architecture: str, iterations: int) -> Encoder:
 
 
 MODELS = {"recurrent": small("recurrent", 3), "baseline": small("baseline", 1)}
+POOLED_BY_FIRST = {"recurrent": small("recurrent", 3, "first"), "baseline": small("baseline", 1, "first")}
 
 
 def parameters(architecture: Any) -> int:
@@ -48,14 +49,15 @@ def test_the_recurrent_model_is_at_least_64_percent_smaller() -> None:
     assert parameters("recurrent") <= 0.36 * parameters("baseline")
 
 
+@pytest.mark.parametrize("models", [MODELS, POOLED_BY_FIRST], ids=["mean", "first"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @settings(max_examples=25, deadline=None)
 @given(lengths=st.lists(st.integers(1, MAX_TOKENS), min_size=1, max_size=6), seed=st.integers(0, 1000))
 @torch.inference_mode()
 def test_a_text_gets_the_same_logits_alone_and_padded_at_every_iteration(
-    architecture: str, lengths: list[int], seed: int
+    architecture: str, models: dict[str, Encoder], lengths: list[int], seed: int
 ) -> None:
-    model, generator = MODELS[architecture], torch.Generator().manual_seed(seed)
+    model, generator = models[architecture], torch.Generator().manual_seed(seed)
     texts = [torch.randint(0, 50, (length,), generator=generator).tolist() for length in lengths]
     together_RBC = model(*pad(texts))
     for row, text in enumerate(texts):
@@ -71,12 +73,31 @@ def test_the_logits_do_depend_on_the_text() -> None:
 
 
 @torch.inference_mode()
+def test_the_head_reads_all_tokens_or_the_first_alone() -> None:
+    h_BLD = torch.randn(2, 5, 32)
+    others_BLD = h_BLD.clone()
+    others_BLD[:, 1:] += 1
+    for models, reads_others in ((MODELS, True), (POOLED_BY_FIRST, False)):
+        for model in models.values():
+            changed = not torch.equal(model.head(h_BLD, None), model.head(others_BLD, None))
+            assert changed == reads_others
+
+
+def test_a_mean_leaves_padding_out_whatever_it_holds() -> None:
+    h_BLD = torch.randn(2, 4, 8)
+    h_BLD[0, 2:] = torch.tensor([torch.inf, torch.nan])[:, None]
+    mask_BL = torch.tensor([[True, True, False, False], [True] * 4])
+    expected_BD = torch.stack([h_BLD[0, :2].mean(0), h_BLD[1].mean(0)])
+    torch.testing.assert_close(masked_mean(h_BLD, mask_BL), expected_BD)
+
+
+@torch.inference_mode()
 def test_a_recurrent_step_adds_half_the_state_to_its_layers() -> None:
     model, (ids_BL, mask_BL) = MODELS["recurrent"], pad([[2, 5, 6], [2, 9]])
     h_BLD = model.embed(ids_BL)
     next_BLD, logits_BC = model.step(h_BLD, mask_BL)
     torch.testing.assert_close(next_BLD, model.run_layers(h_BLD, mask_BL) + 0.5 * h_BLD)
-    torch.testing.assert_close(logits_BC, model.head(next_BLD))
+    torch.testing.assert_close(logits_BC, model.head(next_BLD, mask_BL))
 
 
 @torch.inference_mode()

@@ -10,4 +10,4 @@ class StandardTransformer(Encoder):
 
     def step(self, h_BLD: Tensor, mask_BL: Tensor | None) -> tuple[Tensor, Tensor]:
         h_BLD = self.run_layers(h_BLD, mask_BL)
-        return h_BLD, self.head(h_BLD)
+        return h_BLD, self.head(h_BLD, mask_BL)

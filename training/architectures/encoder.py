@@ -27,7 +27,7 @@ class Encoder(nn.Module, ABC):
         self.layers = nn.ModuleList(
             Layer(config.width, config.heads, config.feed_forward, config.dropout) for _ in range(config.layers)
         )
-        self.head = Head(config.width, config.classes, config.dropout)
+        self.head = Head(config.width, config.classes, config.dropout, config.pooling)
         cos_MJ, sin_MJ = rope_tables(config.max_tokens, config.width // config.heads)
         self.register_buffer("cos_MJ", cos_MJ, persistent=False)
         self.register_buffer("sin_MJ", sin_MJ, persistent=False)

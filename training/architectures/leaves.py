@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.ops import rms_norm, rope
+from training.shapes import Pooling
 
 ROPE_BASE = 10_000.0
 
@@ -84,14 +85,25 @@ class Layer(nn.Module):
 
 
 class Head(nn.Module):
-    """Class scores from the first token."""
+    """Class scores of a text from its tokens."""
 
-    def __init__(self, width: int, classes: int, dropout: float) -> None:
+    def __init__(self, width: int, classes: int, dropout: float, pooling: Pooling) -> None:
         super().__init__()
+        self.pooling = pooling
         self.norm = RMSNorm(width)
         self.dropout = nn.Dropout(dropout)
         self.classify = nn.Linear(width, classes)
 
-    def forward(self, h_BLD: Tensor) -> Tensor:
-        logits_BC: Tensor = self.classify(self.dropout(self.norm(h_BLD[:, 0])))
+    def forward(self, h_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
+        pooled_BD = self.norm(h_BLD[:, 0]) if self.pooling == "first" else masked_mean(self.norm(h_BLD), mask_BL)
+        logits_BC: Tensor = self.classify(self.dropout(pooled_BD))
         return logits_BC
+
+
+def masked_mean(h_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
+    """The mean over the tokens, (B, D)."""
+    if mask_BL is None:
+        return h_BLD.mean(1)
+    tokens_B1 = mask_BL.sum(1, keepdim=True, dtype=h_BLD.dtype)
+    # Padding's values are any: a mere product with the mask would let an infinite one through.
+    return h_BLD.masked_fill(~mask_BL[:, :, None], 0).sum(1) / tokens_B1
