@@ -56,12 +56,17 @@ class Turns:
     """Of requests that come all at once only a few begin in each turn of the event loop: a probe waits for no more."""
 
     def __init__(self) -> None:
+        self.waiting = 0
         self._begun = 0
 
     async def take(self) -> None:
         """Wait, in the order of arrival, for a turn in which there is a place."""
-        while self._begun == BEGUN_AT_ONCE:
-            await asyncio.sleep(0)
+        self.waiting += 1
+        try:
+            while self._begun == BEGUN_AT_ONCE:
+                await asyncio.sleep(0)
+        finally:
+            self.waiting -= 1
         if self._begun == 0:
             asyncio.get_running_loop().call_soon(self._end)
         self._begun += 1
@@ -74,14 +79,21 @@ class Front:
     """Plain ASGI around the app: no task and no copy of the body is made, so a client's leaving stays visible."""
 
     def __init__(
-        self, app: ASGIApp, *, direct: Direct, metrics: Metrics, api_keys: Sequence[SecretStr], traced: bool
+        self,
+        app: ASGIApp,
+        *,
+        direct: Direct,
+        metrics: Metrics,
+        api_keys: Sequence[SecretStr],
+        turns: Turns,
+        traced: bool,
     ) -> None:
         self._app = app
         self._direct = direct
         self._traced = traced
         self._metrics = metrics
         self._keys = ApiKeys(api_keys)
-        self._turns = Turns()
+        self._turns = turns
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or pass the lifespan on."""
