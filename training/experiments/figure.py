@@ -26,7 +26,7 @@ def draw(title: str, results: Sequence[Result], path: Path) -> None:
     figure.legend(*_legend(axes), loc="outside lower center", ncols=len(models) + 1, frameon=False)
     figure.suptitle(title)
     try:
-        figure.savefig(path, dpi=120, format="png")
+        figure.savefig(path, dpi=120, format="png", bbox_inches="tight")  # a title may be wider than its panels
     except OSError as error:
         raise TrainingError(f"{path} cannot be written: {error.strerror}") from error
 
