@@ -59,7 +59,10 @@ def _by_length(splits: Splits, fp32: SplitLogits) -> list[LengthQuarter]:
 
 
 def _limits(data: Sequence[Origin], labels: Sequence[str], max_tokens: int, lengths: Lengths) -> list[str]:
-    learned = "; ".join(f"{one.language}, {one.kind}" for one in data) or "texts of one's own"
+    kinds: dict[str, list[str]] = {}
+    for one in data:
+        kinds.setdefault(one.language, []).append(one.kind)
+    learned = "; ".join(f"{language}: {', '.join(those)}" for language, those in kinds.items()) or "texts of one's own"
     return [
         f"Learned from: {learned}. How good it is on other languages and other sorts of text was not measured.",
         f"Every text is given one of {', '.join(labels)}: there is no answer for what is none of them, or several.",
