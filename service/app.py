@@ -19,7 +19,7 @@ from service import __version__, inference_protocol
 from service.bundle import Bundle
 from service.classify import classify
 from service.errors import RefrainError, ReloadForbidden
-from service.front import Front, Turns
+from service.front import Front
 from service.loading import MakeEngine, Model, load_bundles, make_engine
 from service.openapi import document, json_body, problems
 from service.problems import on_bug, on_http_exception, on_refrain_error
@@ -85,7 +85,6 @@ def create_app(
         exception_handlers={RefrainError: on_refrain_error, HTTPException: on_http_exception, Exception: on_bug},
     )
     app.state.runtime = runtime
-    app.state.turns = Turns()
     app.state.shadows = Shadows(runtime)
     app.state.on_reload = on_reload
     app.state.exposition = None  # of the metrics, the last that was begun
@@ -97,7 +96,6 @@ def create_app(
         direct={("POST", "/classify"): classify},
         metrics=runtime.metrics,
         api_keys=settings.api_keys,
-        turns=app.state.turns,
         traced=tracing is not None,
     )
     app.openapi = lambda: document(app, runtime)  # type: ignore[method-assign]  # FastAPI's documented way

@@ -13,7 +13,7 @@ import structlog
 from starlette.datastructures import Headers
 
 from service.errors import QueueFull, RefrainError
-from service.front import SANE_ID, ApiKeys, Turns, new_id
+from service.front import SANE_ID, ApiKeys, new_id
 from service.logs import Call
 from service.problems import problem_response
 from service.runtime import Runtime
@@ -50,13 +50,12 @@ class EarlyRefusals:
     done for each request of an overload, at the cost of answers, so it is kept short.
     """
 
-    def __init__(self, runtime: Runtime, turns: Turns) -> None:
+    def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
-        self._turns = turns
         self._keys = ApiKeys(runtime.settings.api_keys)
         self._longest = runtime.settings.deadline_ms / 1000
         self._crowded_until = 0.0
-        self._let_through_now = 0  # in this turn of the event loop, so that not even their first step is done
+        self._ahead = 0  # let through in this turn of the event loop, and not yet in a queue
         self._untold: Counter[tuple[str, str]] = Counter()
         self._count = cache(self._children)
 
@@ -85,7 +84,7 @@ class EarlyRefusals:
             model = self._runtime.choose(task, architecture, call.id, routing_key).first
             work = likely_work(characters, max_iterations, model.manifest)
             wait = patience(longest, may_be_cut=may_be_cut)
-            seconds = model.batcher.seconds_to_room(1, 1, work, wait, self._ahead())
+            seconds = model.batcher.seconds_to_room(1, 1, work, wait, self._ahead)
         except RefrainError:
             seconds = None
         if seconds is None:
@@ -125,12 +124,7 @@ class EarlyRefusals:
     def _is_any_full(self, now: float) -> bool:
         models = self._runtime.serving.models.values()
         wait = patience(self._longest, may_be_cut=False)
-        ahead = self._ahead()
-        return any(model.batcher.seconds_to_room(1, 1, ANY, wait, ahead) is not None for model in models)
-
-    def _ahead(self) -> int:
-        """Requests that were let through and are not yet in a queue."""
-        return self._let_through_now + self._turns.waiting
+        return any(model.batcher.seconds_to_room(1, 1, ANY, wait, self._ahead) is not None for model in models)
 
     def _is_plain(self, raw_headers: RawHeaders) -> bool:
         headers = dict(raw_headers)
@@ -139,11 +133,11 @@ class EarlyRefusals:
         return small and LONG_WAY.isdisjoint(headers) and self._keys.admit(Headers(raw=raw_headers))
 
     def _let_through(self) -> None:
-        self._let_through_now += 1
+        self._ahead += 1
         asyncio.get_running_loop().call_soon(self._arrived)  # just before the request's own first step
 
     def _arrived(self) -> None:
-        self._let_through_now -= 1
+        self._ahead -= 1
 
 
 def _offered_id(raw_headers: RawHeaders) -> str:

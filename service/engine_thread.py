@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from service.jobs import Waiting
 
 WAIT_SECONDS = 1.0
+NICENESS = 5  # the event loop goes first: it needs little, and probes wait for it
 MEMORY = 0.95
 """How much of the longest turn still counts after a shorter one."""
 
@@ -90,6 +92,7 @@ class EngineThread:
             self._thread.join(timeout)
 
     def _run(self) -> None:
+        os.nice(NICENESS)  # on Linux a thread's own
         try:
             while (turn := self._next_turn()) is not None:
                 leader, candidates = turn

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import random
 import re
@@ -28,7 +27,6 @@ SANE_ID = re.compile(r"[!-~]{1,128}")
 # Seeded by the system once: asked for each id, it has this thread give up the interpreter to the engine's each time.
 _IDS = random.Random()  # ids are no secrets
 SHOWN_PATH = 200  # characters of a path in the log
-BEGUN_AT_ONCE = 8  # requests; each takes about a third of a millisecond before it waits for the engine
 
 Direct = Mapping[tuple[str, str], Callable[[Request], Awaitable[Response]]]
 """(method, path) -> what answers it without the application's router and middleware."""
@@ -52,56 +50,23 @@ class ApiKeys:
         return any(matches)
 
 
-class Turns:
-    """Of requests that come all at once only a few begin in each turn of the event loop: a probe waits for no more."""
-
-    def __init__(self) -> None:
-        self.waiting = 0
-        self._begun = 0
-
-    async def take(self) -> None:
-        """Wait, in the order of arrival, for a turn in which there is a place."""
-        self.waiting += 1
-        try:
-            while self._begun == BEGUN_AT_ONCE:
-                await asyncio.sleep(0)
-        finally:
-            self.waiting -= 1
-        if self._begun == 0:
-            asyncio.get_running_loop().call_soon(self._end)
-        self._begun += 1
-
-    def _end(self) -> None:
-        self._begun = 0
-
-
 class Front:
     """Plain ASGI around the app: no task and no copy of the body is made, so a client's leaving stays visible."""
 
     def __init__(
-        self,
-        app: ASGIApp,
-        *,
-        direct: Direct,
-        metrics: Metrics,
-        api_keys: Sequence[SecretStr],
-        turns: Turns,
-        traced: bool,
+        self, app: ASGIApp, *, direct: Direct, metrics: Metrics, api_keys: Sequence[SecretStr], traced: bool
     ) -> None:
         self._app = app
         self._direct = direct
         self._traced = traced
         self._metrics = metrics
         self._keys = ApiKeys(api_keys)
-        self._turns = turns
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or pass the lifespan on."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if scope["path"] not in OPEN_PATHS:
-            await self._turns.take()
         headers = Headers(scope=scope)
         call = Call(request_id(headers), scope["method"], scope["path"][:SHOWN_PATH], time.monotonic())
         if self._traced or "traceparent" in headers:

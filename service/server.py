@@ -35,7 +35,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI, report: Callable[[str], None] = lambda phase: None) -> None:
         self._runtime: Runtime = app.state.runtime
-        self._refusals = EarlyRefusals(self._runtime, app.state.turns)
+        self._refusals = EarlyRefusals(self._runtime)
         _allow_open_files(self._runtime.settings.max_connections)
         # No limit_concurrency: it would turn probes away too, and in plain text. Runtime.admitted bounds the work.
         config = uvicorn.Config(

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 REPORT_SECONDS = 0.5  # how often the supervisor hears that nothing has changed
 RETRY_SECONDS = 0.1
+LISTENERS = 16  # on one port: a turn of the event loop takes one connection from each, and probes wait in the same line
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 ORPHAN_SECONDS = 5.0  # after the drain, for a process whose supervisor is gone, before it is ended the hard way
 
@@ -97,8 +98,9 @@ def serve(settings: Settings, port: int, link: Link, *, late: bool) -> int:
         runtime.start()
         runtime.wait_loaded()
     if runtime.failure is None:
-        with listen(settings.host, port) as listener:
-            Server(app, link.report).run([listener])
+        with ExitStack() as open_sockets:
+            listeners = [open_sockets.enter_context(listen(settings.host, port)) for _ in range(LISTENERS)]
+            Server(app, link.report).run(listeners)
     if runtime.failure is not None:
         raise runtime.failure
     if link.cut.is_set():

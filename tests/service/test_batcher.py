@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -451,6 +452,19 @@ def test_a_batcher_that_was_never_started_stops() -> None:
     batcher.stop(timeout=1.0)
     thread.end(timeout=1.0)
     assert [type(result) for result in results(job)] == [Draining]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a thread has no niceness of its own")
+def test_the_engine_gives_way_to_the_event_loop() -> None:
+    class Noting(FakeEngine):
+        def embed(self, ids: Sequence[Sequence[int]]) -> list[FloatArray]:
+            seen.append(os.getpriority(os.PRIO_PROCESS, 0))  # of the thread that asks
+            return super().embed(ids)
+
+    seen: list[int] = []
+    with running(Noting()) as setup:
+        results(setup.submit(text(1)))
+    assert min(seen) > os.getpriority(os.PRIO_PROCESS, 0)
 
 
 def test_the_queue_is_bounded_in_tokens_too() -> None:

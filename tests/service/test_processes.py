@@ -184,6 +184,12 @@ def test_a_process_that_is_told_to_end_is_replaced(served: Process) -> None:
     wait_until(lambda: whole(served), SECONDS)
 
 
+def test_a_process_takes_several_connections_at_once(served: Process) -> None:
+    for worker in served.workers():
+        listening = [one for one in worker.net_connections(kind="tcp") if one.status == psutil.CONN_LISTEN]
+        assert len(listening) > 1, "a turn of the event loop takes one from each"
+
+
 def test_a_port_that_others_share_is_still_taken() -> None:
     with reserve("127.0.0.1", 0) as held:
         port = held.getsockname()[1]
