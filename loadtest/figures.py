@@ -1,13 +1,11 @@
 """From what was seen of one load to its figures: rates, latencies, memory, CPU time and its cost."""
 
 from collections.abc import Sequence
-from statistics import fmean
 
 from loadtest.driver import Driven
 from loadtest.job import NOT_SENT, Answer
 from loadtest.options import Load, Options
 from loadtest.recording import percentiles
-from loadtest.steps import knee
 from loadtest.target import Metrics
 
 PERCENTS = (50, 90, 95, 99, 99.9)
@@ -32,11 +30,12 @@ def figures_of(
     trace = driven.trace
     figures = {"generator_cores": trace.generator_cores, "requests": float(len(trace.answers))}
     if load.shape == "step":
-        best = knee(trace.steps, options.service_level_ms)
-        if best is not None:
-            held = [step for step in trace.steps if step.rate == best and step.p50_ms is not None]
-            figures |= {"level_requests_per_second": best, "level_texts_per_second": best * load.list_size}
-            figures["level_p50_ms"] = fmean(step.p50_ms or 0.0 for step in held)
+        held = [step for step in trace.steps if step.holds(options.service_level_ms)]
+        best = max(held, key=lambda step: step.rate, default=None)
+        rate = best.rate if best else 0.0  # left out, a round in which none held would raise the median of the others
+        figures |= {"level_requests_per_second": rate, "level_texts_per_second": rate * load.list_size}
+        if best and best.p50_ms is not None:
+            figures["level_p50_ms"] = best.p50_ms
     elif trace.answers:
         rate = len(trace.answers) / trace.seconds
         figures |= {"requests_per_second": rate, "texts_per_second": rate * load.list_size}

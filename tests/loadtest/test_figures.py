@@ -93,6 +93,10 @@ def test_a_search_gives_the_knee_and_no_latencies_of_all_its_steps_together() ->
     assert (figures["level_requests_per_second"], figures["level_texts_per_second"]) == (100, 400)
     assert figures["level_p50_ms"] == 10
     assert figures["late_p99_ms"] == 0.5
+    hiccup = replace(DRIVEN, trace=replace(trace(300), steps=[replace(steps[0], p50_ms=90.0, p99_ms=900.0), steps[0]]))
+    assert figures_of(hiccup, load, OPTIONS, BOTH)[0]["level_p50_ms"] == 10  # of the try that held
+    never = replace(DRIVEN, trace=replace(trace(390), steps=steps[1:]))
+    assert figures_of(never, load, OPTIONS, BOTH)[0]["level_texts_per_second"] == 0
     assert "p50_ms" not in figures
     assert by_architecture == {}
 

@@ -77,8 +77,11 @@ def test_one_that_wins_everything_is_told_so() -> None:
 
 
 def test_one_that_never_kept_the_level_is_named() -> None:
-    found = summary({"step level_texts_per_second": [80]}, {"step generator_cores": [0.1]})
-    assert list(verdict(found, Options())) == ["baseline kept p99 under 100 ms at no rate that was tried"]
+    found = summary({"step level_texts_per_second": [80, 90]}, {"step level_texts_per_second": [0, 0]})
+    never = "baseline kept p99 under 100 ms at no rate that was tried"
+    assert list(verdict(found, Options())) == ["Take recurrent for every load measured", never]
+    once = summary({"step level_texts_per_second": [80, 90]}, {"step level_texts_per_second": [0, 5]})
+    assert never not in verdict(once, Options())
 
 
 def test_both_together_are_set_beside_each_alone() -> None:
