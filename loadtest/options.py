@@ -99,14 +99,19 @@ class Options:
         size = self.list_size or _LISTS
         listed = f"{_LIST_USERS} users, lists of {size}"
         lists = Load("lists", listed, "users", "steady", _LIST_USERS, size, self.duration)
-        return [users, lists, Load("step", _STEP_TITLE, "poisson", "step", None, 1, self.step_seconds)]
+        return [users, lists, Load("step", _STEP_TITLE, "poisson", "step", None, 1, self._step)]
+
+    @property
+    def _step(self) -> float:
+        """Seconds of a step, at least so many that arrivals faster than the service pile up beyond the service level."""
+        return max(self.step_seconds, _LEVELS * self.service_level_ms / 1000)
 
     def _shaped(self, shape: Shape) -> Load:
         size = self.list_size or 1
         sent = "single texts" if size == 1 else f"lists of {size}"
         if shape == "step":
             title = _STEP_TITLE if size == 1 else f"{sent}, faster in every step"
-            return Load("step", title, self.arrivals, shape, self.rate, size, self.step_seconds)
+            return Load("step", title, self.arrivals, shape, self.rate, size, self._step)
         level, unit = (self.users, "users") if self.arrivals == "users" else (self.rate, f"{self.arrivals} requests/s")
         return Load(shape, f"{shape}, {level:g} {unit}, {sent}", self.arrivals, shape, level, size, self.duration)
 
@@ -125,6 +130,8 @@ class Options:
 
 
 _STEP_TITLE = "single texts, faster in every step"
+_LEVELS = 12
+"""Service levels that a step lasts at least: arrivals a twelfth too fast then end a whole level late."""
 _QUICK = {"rounds": 1, "duration": 3.0, "step_seconds": 1.2, "warmup": 1.0}
 """One round, and each part as short as percentiles allow."""
 
@@ -186,7 +193,7 @@ def _add_load(group: argparse._ArgumentGroup) -> None:
     )
     _add(group, "--rounds", _whole, Options.rounds, "N", "rounds for each architecture, alternating")
     _add(group, "--duration", _positive, Options.duration, "S", "seconds of a load without steps")
-    _add(group, "--step-seconds", _positive, Options.step_seconds, "S", "seconds of a step")
+    _add(group, "--step-seconds", _positive, Options.step_seconds, "S", f"seconds of a step, {_LEVELS} service levels at least")
     _add(group, "--warmup", _seconds, Options.warmup, "S", "seconds of load before a round's measured part")
     group.add_argument("--quick", action="store_true", help="about a minute: one short round, for a first look")
 

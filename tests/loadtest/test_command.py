@@ -64,7 +64,7 @@ def test_both_architectures_are_measured_and_reported(stand_in: Path, command: l
 def test_steps_go_up_and_the_generator_owns_up_when_it_went_no_higher(stand_in: Path, command: list[str]) -> None:
     ended = run(
         command,
-        *("--shape", "step", "--architectures", "recurrent", "--service-level-ms", "900"),
+        *("--shape", "step", "--architectures", "recurrent", "--service-level-ms", "300"),
         *("--rate", "40", "--most-rate", "50", "--step-seconds", "0.2"),
     )
     assert ended.returncode == 3, ended.stdout + ended.stderr

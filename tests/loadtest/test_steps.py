@@ -6,6 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loadtest.options import Options
+from loadtest.recording import percentiles
+from loadtest.schedule import arrivals, stages
 from loadtest.steps import GROWTH, MOST_STEPS, PRECISION, TRIES, Step, knee, limiting, next_rate, step_seconds
 
 LEVEL = 100.0
@@ -34,6 +37,21 @@ def test_the_knee_is_found_from_any_start(breaks_at: float, start: float) -> Non
     assert len(steps) <= MOST_STEPS
     if 0.3 < start / breaks_at < 3:
         assert len(steps) < 20
+
+
+@pytest.mark.parametrize("level_ms", [100, 1000])
+def test_a_rate_beyond_the_capacity_does_not_hold_however_patient_the_service_level(level_ms: float) -> None:
+    """On a service that answers 100 requests/s, one every 10 ms: what waits at the end of a step has to break it."""
+    (load,) = Options(shape="step", arrivals="constant", service_level_ms=level_ms).loads()
+    steps: list[Step] = []
+    while (rate := next_rate(steps, start=50, level_ms=level_ms, most=1e9)) is not None:
+        due = arrivals(stages("steady", rate, step_seconds(rate, load.seconds)), poisson=False, seed=1)
+        free, waited = 0.0, []
+        for moment in due:
+            free = max(free, moment) + 0.01
+            waited.append(1000 * (free - moment))
+        steps.append(a_step(rate, percentiles(waited, [99])[0]))
+    assert knee(steps, level_ms) == pytest.approx(100, rel=0.1)
 
 
 def test_a_search_from_half_the_capacity_takes_few_steps() -> None:
