@@ -23,6 +23,7 @@ import uvloop
 
 from loadtest.bench import processes, workers
 from loadtest.recording import Recording
+from loadtest.target import request_headers
 
 SCORE_TOLERANCE = 1.1e-5
 """What is promised of the same text in any company, and what rounding to six places adds."""
@@ -66,8 +67,9 @@ class Request:
 
 def encode(host: str, body: bytes) -> bytes:
     """POST /classify as it goes over the wire."""
-    head = f"POST /classify HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-    return head.encode() + b"\r\n\r\n" + body
+    headers = {"Host": host} | request_headers() | {"Content-Length": str(len(body))}
+    lines = ["POST /classify HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
 class Traffic:
@@ -109,7 +111,8 @@ class Load:
 
     async def connect(self, done: Callable[["Connection"], None]) -> "Connection":
         loop = asyncio.get_running_loop()
-        _, connection = await loop.create_connection(lambda: Connection(self, done), self.host, self.port)
+        async with asyncio.timeout(GIVE_UP_SECONDS):
+            _, connection = await loop.create_connection(lambda: Connection(self, done), self.host, self.port)
         return connection
 
 
@@ -183,7 +186,7 @@ class Closed:
     def __init__(self, load: Load, traffics: Sequence[Traffic]) -> None:
         self._load, self._traffics = load, traffics
         self.connections: set[Connection] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self.opening: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         for traffic in self._traffics:
@@ -203,14 +206,14 @@ class Closed:
             return
         self.connections.discard(connection)
         task = asyncio.get_running_loop().create_task(self._again(traffic))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self.opening.add(task)
+        task.add_done_callback(self.opening.discard)
 
     async def _again(self, traffic: Traffic) -> None:
         try:
             await self._open(traffic)
         except OSError as error:
-            traffic.recording.add(time.perf_counter(), 0.0, f"no connection: {error.strerror}")
+            traffic.recording.add(time.perf_counter(), 0.0, _no_connection(error))
             await asyncio.sleep(_RETRY_SECONDS)
             if not self._load.over:
                 await self._again(traffic)
@@ -223,7 +226,7 @@ class Open:
         self._load, self._traffic, self._due = load, traffic, due
         self.connections: set[Connection] = set()
         self._free: deque[Connection] = deque()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self.opening: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         for _ in range(self._traffic.connections):
@@ -247,17 +250,17 @@ class Open:
             connection = self._free.popleft()
             if not connection.closed:
                 return connection.send(self._traffic, began)
-        if len(self.connections) + len(self._tasks) >= MAX_CONNECTIONS:
+        if len(self.connections) + len(self.opening) >= MAX_CONNECTIONS:
             return self._traffic.recording.add(began, 0.0, f"not sent: all {MAX_CONNECTIONS} connections were busy")
         task = asyncio.get_running_loop().create_task(self._send_on_another(began))
-        self._tasks.add(task)
-        return task.add_done_callback(self._tasks.discard)
+        self.opening.add(task)
+        return task.add_done_callback(self.opening.discard)
 
     async def _send_on_another(self, began: float) -> None:
         try:
             connection = await self._load.connect(self._done)
         except OSError as error:
-            return self._traffic.recording.add(began, 0.0, f"no connection: {error.strerror}")
+            return self._traffic.recording.add(began, 0.0, _no_connection(error))
         self.connections.add(connection)
         return connection.send(self._traffic, began)
 
@@ -266,6 +269,10 @@ class Open:
             self.connections.discard(connection)
         else:
             self._free.append(connection)
+
+
+def _no_connection(error: OSError) -> str:
+    return f"no connection: {error.strerror or 'not in time'}"
 
 
 def arrivals(per_second: float, seconds: float, seed: int) -> list[float]:
@@ -306,7 +313,7 @@ async def drive(job: dict[str, Any]) -> dict[str, Any]:
 
 async def _last_answers(load: Load, pace: Closed | Open) -> None:
     deadline = time.perf_counter() + GIVE_UP_SECONDS
-    while load.in_flight and time.perf_counter() < deadline:
+    while (load.in_flight or pace.opening) and time.perf_counter() < deadline:
         await asyncio.sleep(0.01)
     for connection in list(pace.connections):
         connection.give_up(f"no answer within {GIVE_UP_SECONDS:g} s of the end")

@@ -189,6 +189,24 @@ def test_open_arrivals_tell_what_they_could_not_send(monkeypatch: pytest.MonkeyP
     }
 
 
+def test_a_request_whose_connection_is_still_opening_at_the_end_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once = client.Load.connect
+
+    async def slow(load: client.Load, done: Callable[[client.Connection], None]) -> client.Connection:
+        await asyncio.sleep(0.4)
+        return await at_once(load, done)
+
+    monkeypatch.setattr(client.Load, "connect", slow)
+    recording, seen = run(right, traffics=traffic("good", connections=0), arrivals_per_second=50.0, seconds=0.2)
+    assert (recording.failures, seen["late"]) == ({}, seen["sent"])
+    assert seen["sent"] > 3
+
+
+def test_every_request_carries_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOADTEST_API_KEY", "very-secret")
+    assert b"\r\nX-API-Key: very-secret\r\n" in client.encode("127.0.0.1:8000", b"{}")
+
+
 def test_arrivals_are_the_same_for_a_seed_and_as_many_as_asked() -> None:
     times = arrivals(50.0, 100.0, seed=3)
     assert times == arrivals(50.0, 100.0, seed=3) != arrivals(50.0, 100.0, seed=4)
