@@ -103,7 +103,7 @@ class Options:
 
     @property
     def _step(self) -> float:
-        """Seconds of a step, at least so many that arrivals faster than the service pile up beyond the service level."""
+        """Seconds of a step: so many that arrivals faster than the service pile up beyond the service level."""
         return max(self.step_seconds, _LEVELS * self.service_level_ms / 1000)
 
     def _shaped(self, shape: Shape) -> Load:
@@ -193,7 +193,8 @@ def _add_load(group: argparse._ArgumentGroup) -> None:
     )
     _add(group, "--rounds", _whole, Options.rounds, "N", "rounds for each architecture, alternating")
     _add(group, "--duration", _positive, Options.duration, "S", "seconds of a load without steps")
-    _add(group, "--step-seconds", _positive, Options.step_seconds, "S", f"seconds of a step, {_LEVELS} service levels at least")
+    steps = f"seconds of a step, at least {_LEVELS} service levels"
+    _add(group, "--step-seconds", _positive, Options.step_seconds, "S", steps)
     _add(group, "--warmup", _seconds, Options.warmup, "S", "seconds of load before a round's measured part")
     group.add_argument("--quick", action="store_true", help="about a minute: one short round, for a first look")
 

@@ -1,6 +1,7 @@
 """Open arrivals of single texts at twice what the service can do: what it still answers, and what it costs."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -10,6 +11,7 @@ from loadtest.bench.cells import Seen
 from loadtest.bench.options import BenchOptions, ModeName
 from loadtest.bench.processes import Memory
 from loadtest.bench.subject import Target
+from loadtest.errors import LoadTestError
 
 TIMES_CAPACITY = 2.0
 _CONNECTIONS = 64
@@ -33,6 +35,8 @@ class Overload:
     turned_away: int
     unexpected: dict[str, int]
     """Every other way that a request ended: errors, wrong answers, none at all."""
+    failures_beside: dict[str, int]
+    """Of requests and probes while the capacity was measured, where none may fail."""
     probe_failures: dict[str, int]
     figures: dict[str, float]
     per_second: list[int]
@@ -70,8 +74,10 @@ def measure(mode: ModeName, subject: Target, options: BenchOptions, folder: Path
     threshold = cells.threshold(mode, subject, options)
     closed = cells.traffic(subject, subject.short, max(_CONNECTIONS, *options.connections), 1, threshold)
     seconds = max(options.seconds, options.overload / 20)
-    before = _rate(cells.drive(subject, [closed], options, folder / "capacity-before", seconds=seconds))
-    arrivals = TIMES_CAPACITY * before
+    before = cells.drive(subject, [closed], options, folder / "capacity-before", seconds=seconds)
+    if not before.answered:
+        raise LoadTestError(f"no request was answered rightly before it: {before.failures}")
+    arrivals = TIMES_CAPACITY * _rate(before)
     seen = cells.drive(
         subject,
         [closed],
@@ -80,29 +86,34 @@ def measure(mode: ModeName, subject: Target, options: BenchOptions, folder: Path
         seconds=options.overload,
         arrivals_per_second=arrivals,
     )
-    after = _rate(cells.drive(subject, [closed], options, folder / "capacity-after", seconds=seconds))
+    after = cells.drive(subject, [closed], options, folder / "capacity-after", seconds=seconds)
     return judged(mode, before, after, arrivals, seen)
 
 
-def judged(mode: ModeName, before: float, after: float, arrivals: float, seen: Seen) -> Overload:
+def judged(mode: ModeName, before: Seen, after: Seen, arrivals: float, seen: Seen) -> Overload:
     failures = seen.failures
     refused = {reason: count for reason, count in failures.items() if reason.startswith(_TURNED_AWAY)}
     return Overload(
         mode=mode,
         seconds=seen.seconds,
-        capacity_before=before,
-        capacity_after=after,
+        capacity_before=_rate(before),
+        capacity_after=_rate(after),
         arrivals_per_second=arrivals,
         sent=seen.sent,
         answered=seen.answered,
         late=seen.late,
         turned_away=sum(refused.values()),
         unexpected={reason: count for reason, count in failures.items() if reason not in refused},
+        failures_beside=_together(before.failures, before.probes.failures, after.failures, after.probes.failures),
         probe_failures=dict(seen.probes.failures),
         figures=cells.load_figures(seen, 1),
         per_second=seen.per_second,
         memory=seen.memory,
     )
+
+
+def _together(*failures: Mapping[str, int]) -> dict[str, int]:
+    return dict(sum(map(Counter, failures), Counter[str]()))
 
 
 def _rate(seen: Seen) -> float:

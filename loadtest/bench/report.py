@@ -189,14 +189,20 @@ def notes(results: Results) -> list[str]:
     if results.overload:
         said += [f"overload: {count} requests: {reason}" for reason, count in results.overload.unexpected.items()]
         said += [f"overload: {count} probes: {reason}" for reason, count in results.overload.probe_failures.items()]
-    busy = [one for one in results.measured if one.figures.get("generator_cores", 0.0) >= GENERATOR_CORES]
-    if busy:
-        named = "; ".join(f"{one.cell.mode}, {title(one.cell)}, round {one.round}" for one in busy)
+        beside = results.overload.failures_beside
+        said += [f"capacity before and after overload: {count} failed: {reason}" for reason, count in beside.items()]
+    if busy := "; ".join(_generator_limited(results)):
         said.append(
-            f"The load generator was the limit, not the service ({named}): it used over {GENERATOR_CORES:.0%} of the "
+            f"The load generator was the limit, not the service ({busy}): it used over {GENERATOR_CORES:.0%} of the "
             "one core it can use."
         )
     return said
+
+
+def _generator_limited(results: Results) -> list[str]:
+    cells = [(f"{one.cell.mode}, {title(one.cell)}, round {one.round}", one.figures) for one in results.measured]
+    overload = [("overload", results.overload.figures)] if results.overload else []
+    return [name for name, figures in cells + overload if figures.get("generator_cores", 0.0) >= GENERATOR_CORES]
 
 
 def _comparison_json(comparison: Comparison) -> dict[str, dict[str, dict[str, float]]]:

@@ -57,7 +57,8 @@ class Results:
         """Whether every request was answered rightly, but for those that overload may turn away."""
         over = self.overload
         failed = any(one.failures for one in self.measured)
-        return not (failed or self.faults or (over and (over.unexpected or over.probe_failures or over.lost)))
+        spoilt = over and (over.unexpected or over.failures_beside or over.probe_failures or over.lost)
+        return not (failed or self.faults or spoilt)
 
 
 def run(options: BenchOptions, folder: Path) -> Results:

@@ -4,10 +4,12 @@ import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from loadtest.bench import figure, overload, report
+from loadtest.bench import cells, figure, overload, report
 from loadtest.bench.cells import Cell, Measured, Seen, plan
 from loadtest.bench.options import BenchOptions, ModeName, parse
 from loadtest.bench.overload import growth, judged
@@ -16,6 +18,7 @@ from loadtest.bench.processes import Memory
 from loadtest.bench.run import Accuracy, Footprint, Results
 from loadtest.bench.subject import Answered
 from loadtest.bench.summary import Summary, against_raw, between_modes
+from loadtest.errors import LoadTestError
 from loadtest.recording import Recording
 from loadtest.texts import Sample
 
@@ -25,7 +28,7 @@ def a_round(number: int, speed: float, mode: ModeName = "recurrent") -> list[Mea
     texts = {"raw": 1000.0, "lists": 900.0, "single": 600.0}
     faster = {"recurrent": 1.0, "early-exit": 1.5, "baseline": 0.5}[mode] * speed
     latency = {"p50_ms": 2.0 / speed, "p95_ms": 5.0 / speed, "p99_ms": 7.0 / speed}
-    cells = [
+    measured = [
         Measured(Cell("raw", mode), number, {"texts_per_second": texts["raw"] * faster, "cpu_ms_per_text": 2.0}, {}),
         Measured(Cell("bare", mode), number, {"p50_ms": 1.2 / speed}, {}),
         *(
@@ -41,7 +44,7 @@ def a_round(number: int, speed: float, mode: ModeName = "recurrent") -> list[Mea
         ),
         Measured(Cell("mixed", mode, 64), number, {"padding_share": 0.04, "short_p99_ms": 14.0 / speed}, {}),
     ]
-    return cells[1:] if mode == "early-exit" else cells
+    return measured[1:] if mode == "early-exit" else measured
 
 
 MODES: tuple[ModeName, ...] = ("recurrent", "early-exit", "baseline")
@@ -127,13 +130,18 @@ def test_a_part_of_a_run_is_reported_too(tmp_path: Path) -> None:
     assert (RESULTS.sound, few.sound) == (True, False)
 
 
+def closed(answered: int, **failures: int) -> Seen:
+    """Ten seconds of users who wait."""
+    return Seen(10.0, 0, 0, [Recording([5.0] * answered, failures)], [], [1.0], [(0.0, Memory())], Probes())
+
+
 def overloaded(probes: Probes | None = None, **failures: int) -> overload.Overload:
     recording = Recording(
         milliseconds=[5.0] * 80, failures={name.replace("_", " "): count for name, count in failures.items()}
     )
     memory = [(float(second), Memory(0, 100 + (second if second > 50 else 0))) for second in range(101)]
     seen = Seen(10.0, 165, 5, [recording], [8] * 10, [1.0], memory, probes or Probes())
-    return judged("recurrent", 8.0, 12.0, 16.0, seen)
+    return judged("recurrent", closed(80), closed(120), 16.0, seen)
 
 
 def test_overload_is_judged_by_what_is_answered_and_by_how_the_rest_ended() -> None:
@@ -152,6 +160,24 @@ def test_overload_is_judged_by_what_is_answered_and_by_how_the_rest_ended() -> N
     assert row(table, "turned away with 429") == ["47.9%"]
     assert row(table, "goodput / capacity") == ["0.800"]
     assert "overload: 1 requests: HTTP 504 deadline" in report.notes(replace(RESULTS, overload=one))
+
+
+def test_what_fails_while_the_capacity_is_measured_is_told_and_without_any_answer_there_is_no_overload(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    busy = Recording([5.0] * 80, generator_cpu_seconds=9.5, generator_wall_seconds=10.0)
+    seen = replace(closed(80), sent=80, recordings=[busy])
+    found = replace(RESULTS, overload=judged("recurrent", closed(80), closed(80, broken=3), 16.0, seen))
+    assert not found.sound
+    capacity, generator = report.notes(found)
+    assert capacity == "capacity before and after overload: 3 failed: broken"
+    assert "The load generator was the limit, not the service (overload)" in generator
+
+    monkeypatch.setattr(cells, "traffic", lambda *_: {})
+    monkeypatch.setattr(cells, "drive", lambda *_, **__: closed(0, broken=9))
+    subject: Any = SimpleNamespace(short=None)
+    with pytest.raises(LoadTestError, match=r"no request was answered rightly.*'broken': 9"):
+        overload.measure("recurrent", subject, BenchOptions(), tmp_path)
 
 
 def test_memory_growth_leaves_the_warm_up_out() -> None:
