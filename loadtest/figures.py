@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from loadtest.driver import Driven
 from loadtest.job import NOT_SENT, Answer
 from loadtest.options import Load, Options
-from loadtest.recording import percentiles
+from loadtest.recording import has_enough, percentiles
 from loadtest.target import Metrics
 
 PERCENTS = (50, 90, 95, 99, 99.9)
@@ -50,18 +50,14 @@ def figures_of(
 
 def latencies(answers: Sequence[Answer]) -> dict[str, float]:
     """p50_ms to p99.9_ms, those for which there are answers enough: one beyond them at least."""
-    known = [percent for percent in PERCENTS if _has_enough(percent, answers)]
+    known = [percent for percent in PERCENTS if has_enough(percent, len(answers))]
     found = percentiles([one.milliseconds for one in answers], known)
     return {f"p{percent:g}_ms": value for percent, value in zip(known, found, strict=True)}
 
 
-def _has_enough(percent: float, answers: Sequence[Answer]) -> bool:
-    return len(answers) * (1000 - round(10 * percent)) >= 1000
-
-
 def curve(answers: Sequence[Answer]) -> list[float]:
     """Latency in milliseconds at each percent of CURVE for which there are answers enough."""
-    known = [percent for percent in CURVE if _has_enough(percent, answers)]
+    known = [percent for percent in CURVE if has_enough(percent, len(answers))]
     return percentiles([one.milliseconds for one in answers], known)
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -148,6 +149,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         parser.error("--arrivals and --rate go with --shape")
     if options.shape == "step" and options.arrivals == "users":
         parser.error("--shape step goes with --arrivals poisson or constant: users slow down with the service")
+    if not can_be_written(options.output_dir):
+        parser.error(f"--output-dir {options.output_dir} cannot be written")
     return options
 
 
@@ -270,6 +273,12 @@ def _add_service(group: argparse._ArgumentGroup) -> None:
         metavar="S",
         help="seconds the service may take to end after SIGTERM (default: %(default)s)",
     )
+
+
+def can_be_written(folder: Path) -> bool:
+    """Whether files can be put there, be it once it is made: asked before anything is measured."""
+    there = next(path for path in (folder, *folder.parents) if os.access(path, os.F_OK))
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def _whole(text: str) -> int:

@@ -52,3 +52,8 @@ def percentiles(values: Sequence[float], percents: Sequence[float]) -> list[floa
     """
     ordered = sorted(values)
     return [ordered[-(-round(10 * percent) * len(ordered) // 1000) - 1] for percent in percents]
+
+
+def has_enough(percent: float, values: int) -> bool:
+    """Whether so many values tell this percentile: at least one lies beyond it, else it would be the largest."""
+    return values * (1000 - round(10 * percent)) >= 1000

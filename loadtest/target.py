@@ -48,8 +48,9 @@ class Metrics:
         return sum(values) if values else None
 
     def labels(self, name: str, **labels: str) -> dict[str, str]:
-        """All labels of the first such sample; empty without any."""
-        found = (sample.labels for sample in self.samples if sample.name == name and _carries(sample, labels))
+        """All labels of the first such sample that is not 0, as what a reload has replaced is; empty without any."""
+        named = (sample for sample in self.samples if sample.name == name and sample.value)
+        found = (sample.labels for sample in named if _carries(sample, labels))
         return next(found, {})
 
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, repeat
@@ -96,7 +97,7 @@ def read_samples(path: Path) -> list[Sample]:
             numbered = ((number, line.strip()) for number, line in enumerate(lines, 1))
             filled = ((number, line) for number, line in numbered if line)
             samples = [_json_sample(line, path, number) if is_json else Sample(line) for number, line in filled]
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise LoadTestError(f"{path} cannot be read as UTF-8 text: {error}") from error
     if not samples:
         raise LoadTestError(f"{path} holds no text")

@@ -11,7 +11,7 @@ from loadtest.bench import client, probes, processes, workers
 from loadtest.bench.options import BenchOptions, ModeName
 from loadtest.bench.probes import Probes
 from loadtest.bench.subject import RAW, Answered, Target
-from loadtest.recording import Recording, percentiles
+from loadtest.recording import Recording, has_enough, percentiles
 from loadtest.target import Metrics
 
 CLIENT = "loadtest.bench.client"
@@ -103,10 +103,10 @@ def _bare(cell: Cell, subject: Target, options: BenchOptions, log: Path) -> dict
 
 
 def latencies(milliseconds: Sequence[float], prefix: str = "") -> dict[str, float]:
-    if not milliseconds:
-        return {}
-    p50, p95, p99 = percentiles(milliseconds, (50, 95, 99))
-    return {f"{prefix}p50_ms": p50, f"{prefix}p95_ms": p95, f"{prefix}p99_ms": p99}
+    """Those percentiles for which there are answers enough."""
+    known = [percent for percent in (50, 95, 99) if has_enough(percent, len(milliseconds))]
+    found = percentiles(milliseconds, known)
+    return {f"{prefix}p{percent}_ms": value for percent, value in zip(known, found, strict=True)}
 
 
 def _served(cell: Cell, number: int, subject: Target, options: BenchOptions, log: Path) -> Measured:

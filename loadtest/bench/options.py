@@ -12,6 +12,7 @@ import tyro
 
 from loadtest.errors import LoadTestError
 from loadtest.options import Options as ServiceOptions
+from loadtest.options import can_be_written
 
 ModeName = Literal["recurrent", "early-exit", "baseline"]
 CellKind = Literal["raw", "bare", "lists", "single", "mixed"]
@@ -113,6 +114,8 @@ class BenchOptions:
             raise LoadTestError("--warmup and --overload must not be below 0")
         if self.exit_threshold is not None and not 0 < self.exit_threshold <= 1:
             raise LoadTestError("--exit-threshold must be above 0, and at most 1")
+        if not can_be_written(self.output_dir):
+            raise LoadTestError(f"--output-dir {self.output_dir} cannot be written")
         for path in (self.short_source, self.long_source):
             if path and not path.is_file():
                 raise LoadTestError(f"there is no file {path}")

@@ -227,6 +227,7 @@ def test_known_answers_follow_the_threshold() -> None:
         (["--texts", "nowhere.txt"], "there is no file nowhere.txt"),
         (["--data-dir", "nowhere"], "there is no file nowhere/sst2/validation.jsonl.gz"),
         (["--modes", "deep"], "deep"),
+        (["--output-dir", f"{__file__}/out"], "test_bench_report.py/out cannot be written"),
     ],
 )
 def test_a_wrong_option_is_refused(arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -172,6 +172,7 @@ def test_help_tells_what_it_does_and_a_wrong_option_what_is_wrong(command: list[
         (["--architectures", "recurrent,large"], "'large' is none of recurrent, baseline"),
         (["--host", "localhost:8000"], "is not a URL like"),
         (["--service-level-ms", "0"], "'0' is not a number above 0"),
+        (["--output-dir", f"{__file__}/out"], "test_command.py/out cannot be written"),
     ],
 )
 def test_options_that_cannot_be_meant_are_refused(

@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from loadtest.bench.cells import latencies
 from loadtest.recording import Recording, percentiles
 
 
@@ -25,6 +26,13 @@ def test_a_percentile_is_the_smallest_value_that_enough_do_not_exceed(size: int,
     below = sum(value < found for value in values)
     assert found in values
     assert 100 * below < percent * size <= 100 * at_most
+
+
+def test_a_percentile_of_few_is_left_out() -> None:
+    known = [float(value) for value in range(99)]
+    assert set(latencies(known)) == {"p50_ms", "p95_ms"}
+    assert set(latencies([*known, 99.0], "short_")) == {"short_p50_ms", "short_p95_ms", "short_p99_ms"}
+    assert latencies([]) == {}
 
 
 def test_failures_are_counted_apart_from_answers() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.samples import Sample
 
 from loadtest import target
 from loadtest.errors import LoadTestError
@@ -26,6 +27,12 @@ def test_a_service_that_is_ready_is_scraped_and_stops(stand_in: Path) -> None:
     assert scraped.total("refrain_model_memory_bytes", architecture="recurrent") is None
     assert scraped.labels("refrain_model_info", task="sentiment")["precision"] == "int8"
     assert target.scrape(url) is None
+
+
+def test_after_a_reload_the_labels_are_of_what_is_loaded_now() -> None:
+    infos = [Sample("refrain_model_info", {"version": version}, value) for version, value in (("old", 0), ("new", 1))]
+    assert target.Metrics(infos).labels("refrain_model_info") == {"version": "new"}
+    assert target.Metrics(infos[:1]).labels("refrain_model_info") == {}
 
 
 def test_a_failed_start_shows_what_the_service_said(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,6 +65,14 @@ def test_a_bad_file_is_refused_with_its_line(tmp_path: Path, content: bytes, com
         read(path)
 
 
+def test_a_damaged_archive_is_refused(tmp_path: Path) -> None:
+    damaged = bytearray(gzip.compress(b"fine\n" * 20))
+    damaged[10:14] = b"\xff" * 4
+    (tmp_path / "texts.txt.gz").write_bytes(damaged)
+    with pytest.raises(LoadTestError, match="cannot be read"):
+        read(tmp_path / "texts.txt.gz")
+
+
 def test_bodies_send_every_text_in_order_and_fill_up_the_last() -> None:
     single = [json.loads(body) for body in request_bodies(["a", "b"], list_size=1, architecture="baseline", task="t")]
     fields = {"architecture": "baseline", "task": "t"}
