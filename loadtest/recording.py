@@ -9,28 +9,15 @@ _DISTINCT_FAILURES = 20
 
 @dataclass
 class Recording:
-    """One run of load. Times are wall-clock seconds; `milliseconds` are the latencies of answered requests alone."""
+    """One run of load; `milliseconds` are the latencies of answered requests alone."""
 
     milliseconds: list[float] = field(default_factory=list)
     failures: dict[str, int] = field(default_factory=dict)
-    first_start: float | None = None
-    last_end: float = 0.0
     generator_cpu_seconds: float = 0.0
     generator_wall_seconds: float = 0.0
 
-    def add(self, start: float, milliseconds: float, failure: str | None) -> None:
-        """One finished request: `failure` says what was wrong with it, None that it was answered as it should."""
-        self.first_start = start if self.first_start is None else min(self.first_start, start)
-        self.last_end = max(self.last_end, start + milliseconds / 1000)
-        if failure is None:
-            self.milliseconds.append(milliseconds)
-        else:
-            count_failure(self.failures, failure)
-
-    @property
-    def seconds(self) -> float:
-        """From the start of the first request to the end of the last one."""
-        return 0.0 if self.first_start is None else self.last_end - self.first_start
+    def fail(self, reason: str) -> None:
+        count_failure(self.failures, reason)
 
     @property
     def generator_cores(self) -> float:

@@ -101,11 +101,12 @@ class Load:
         """Counts a failure whenever it comes, a right answer when it comes in the window."""
         now = time.perf_counter()
         self.in_flight -= 1
-        if wrong is not None or self.begin <= now < self.end:
-            traffic.recording.add(began, 1000 * (now - began), wrong)
-        if wrong is None and now >= self.end:
+        if wrong is not None:
+            traffic.recording.fail(wrong)
+        elif now >= self.end:
             traffic.late += 1
-        elif wrong is None and now >= self.begin:
+        elif now >= self.begin:
+            traffic.recording.milliseconds.append(1000 * (now - began))
             second = int(now - self.begin)
             traffic.per_second[second] = traffic.per_second.get(second, 0) + 1
 
@@ -213,7 +214,7 @@ class Closed:
         try:
             await self._open(traffic)
         except OSError as error:
-            traffic.recording.add(time.perf_counter(), 0.0, _no_connection(error))
+            traffic.recording.fail(_no_connection(error))
             await asyncio.sleep(_RETRY_SECONDS)
             if not self._load.over:
                 await self._again(traffic)
@@ -251,7 +252,7 @@ class Open:
             if not connection.closed:
                 return connection.send(self._traffic, began)
         if len(self.connections) + len(self.opening) >= MAX_CONNECTIONS:
-            return self._traffic.recording.add(began, 0.0, f"not sent: all {MAX_CONNECTIONS} connections were busy")
+            return self._traffic.recording.fail(f"not sent: all {MAX_CONNECTIONS} connections were busy")
         task = asyncio.get_running_loop().create_task(self._send_on_another(began))
         self.opening.add(task)
         return task.add_done_callback(self.opening.discard)
@@ -260,7 +261,7 @@ class Open:
         try:
             connection = await self._load.connect(self._done)
         except OSError as error:
-            return self._traffic.recording.add(began, 0.0, _no_connection(error))
+            return self._traffic.recording.fail(_no_connection(error))
         self.connections.add(connection)
         return connection.send(self._traffic, began)
 

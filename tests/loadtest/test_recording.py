@@ -35,24 +35,17 @@ def test_a_percentile_of_few_is_left_out() -> None:
     assert latencies([]) == {}
 
 
-def test_failures_are_counted_apart_from_answers() -> None:
+def test_failures_are_counted_by_reason() -> None:
     recording = Recording(generator_cpu_seconds=1.5, generator_wall_seconds=2.0)
-    recording.add(100.0, 500.0, None)
-    recording.add(100.2, 900.0, "HTTP 429 queue_full")
-    recording.add(99.8, 100.0, None)
-    assert recording.milliseconds == [500.0, 100.0]
-    assert recording.failures == {"HTTP 429 queue_full": 1}
-    assert recording.seconds == pytest.approx(101.1 - 99.8)
-    assert recording.generator_cores == 0.75
+    recording.fail("HTTP 429 queue_full")
+    recording.fail("HTTP 429 queue_full")
+    assert recording.failures == {"HTTP 429 queue_full": 2}
+    assert (recording.generator_cores, Recording().generator_cores) == (0.75, 0)
 
 
 def test_reasons_that_never_repeat_do_not_pile_up() -> None:
     recording = Recording()
     for number in range(1000):
-        recording.add(0.0, 1.0, f"reason {number}")
+        recording.fail(f"reason {number}")
     assert len(recording.failures) == 21
     assert sum(recording.failures.values()) == 1000
-
-
-def test_nothing_seen_is_no_time() -> None:
-    assert (Recording().seconds, Recording().generator_cores) == (0, 0)
