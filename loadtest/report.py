@@ -12,7 +12,7 @@ from markdown_it import MarkdownIt
 from loadtest.figures import CURVE
 from loadtest.options import ARCHITECTURES, Load, Options
 from loadtest.rounds import Measured, Round
-from loadtest.steps import GENERATOR_CORES, PRECISION, limiting
+from loadtest.steps import GENERATOR_CORES, PRECISION, TRIES, limiting
 from loadtest.summary import MEMORY, Summary, as_json, find, part_of_both, summarise
 from loadtest.tables import Spread, grid, machine, number, shown
 from loadtest.verdict import Verdict, verdict
@@ -161,15 +161,17 @@ def conditions(options: Options) -> str:
     own = "One running service" if options.host else "Services on the load generator's machine, warm"
     left = "each model's own" if options.exit_threshold is None else f"{options.exit_threshold:g}"
     rounds = "1 round" if options.rounds == 1 else f"{options.rounds} rounds, alternating"
-    return f"Task {options.task}; {sent}; exit threshold: {left}. {own}; {rounds}. {machine()}."
+    here = f"Load generator on {machine()}" if options.host else machine()
+    return f"Task {options.task}; {sent}; exit threshold: {left}. {own}; {rounds}. {here}."
 
 
 def legend(options: Options) -> str:
     return (
         "Medians over the rounds, in brackets the lowest and the highest; the ratio is recurrent over baseline. "
         "Percentiles are taken from every answered request, where there are enough for them; those of arrivals run "
-        "from when a request was due. Within the service level: the highest rate of random arrivals with p99 under "
-        f"{options.service_level_ms:g} ms and every request answered, to within {PRECISION - 1:.0%}. Cost: CPU time at "
+        "from when a request was due. Within the service level: the highest rate of arrivals with p99 under "
+        f"{options.service_level_ms:g} ms and every request answered, in one of {TRIES} tries and to within "
+        f"{PRECISION - 1:.0%}; 0 where no rate tried had that. Cost: CPU time at "
         f"{options.cost_per_core_hour:g} US dollars for a core and hour, an assumption; idle cores are not counted. MB "
         "are millions of bytes."
     )

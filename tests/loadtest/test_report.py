@@ -14,7 +14,7 @@ from loadtest.options import Options
 from loadtest.rounds import Measured, Round, Subject
 from loadtest.steps import Step
 from loadtest.summary import as_json, from_json, summarise
-from loadtest.tables import number
+from loadtest.tables import machine, number
 
 MODEL = {"architecture": "recurrent", "version": "abc", "precision": "int8", "provider": "cpu"}
 OPTIONS = Options(rounds=3)
@@ -83,6 +83,11 @@ def test_what_was_not_measured_is_not_shown() -> None:
 
 def test_sound_rounds_need_no_note() -> None:
     assert report.notes(ROUNDS, OPTIONS) == []
+
+
+def test_the_machine_is_said_to_be_the_load_generators_where_the_service_is_elsewhere() -> None:
+    assert f"alternating. {machine()}." in report.conditions(OPTIONS)
+    assert f"Load generator on {machine()}." in report.conditions(replace(OPTIONS, host="http://127.0.0.1:1"))
 
 
 def test_failures_and_a_bad_end_are_noted_first() -> None:
