@@ -62,7 +62,7 @@ def _limits(data: Sequence[Origin], labels: Sequence[str], max_tokens: int, leng
     kinds: dict[str, list[str]] = {}
     for one in data:
         kinds.setdefault(one.language, []).append(one.kind)
-    learned = "; ".join(f"{language}: {', '.join(those)}" for language, those in kinds.items()) or "texts of one's own"
+    learned = "; ".join(f"{language} ({', '.join(those)})" for language, those in kinds.items()) or "texts of one's own"
     return [
         f"Learned from: {learned}. How good it is on other languages and other sorts of text was not measured.",
         f"Every text is given one of {', '.join(labels)}: there is no answer for what is none of them, or several.",
