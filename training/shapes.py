@@ -23,7 +23,8 @@ class EncoderConfig:
     vocabulary: int = 4096
     max_tokens: int = 256
     dropout: float = 0.1
-    pooling: Pooling = "mean"
+    pooling: Pooling = "first"
+    """As runs have it that are older than the choice; new ones name theirs."""
 
     def __post_init__(self) -> None:
         if self.width % (2 * self.heads):

@@ -15,6 +15,7 @@ from training.batches import pad
 from training.config import TrainConfig
 from training.errors import TrainingError
 from training.ops import rope
+from training.run import RunInfo
 from training.shapes import EncoderConfig, Pooling
 
 MAX_TOKENS = 24
@@ -81,6 +82,11 @@ def test_the_head_reads_all_tokens_or_the_first_alone() -> None:
         for model in models.values():
             changed = not torch.equal(model.head(h_BLD, None), model.head(others_BLD, None))
             assert changed == reads_others
+
+
+def test_a_run_that_is_older_than_the_choice_reads_the_first_token() -> None:
+    older = {"layers": 1, "iterations": 1, "width": 32, "heads": 4, "feed_forward": 8, "classes": 2}
+    assert RunInfo("easy", ["bad", "good"], "baseline", older, {}, {}).build_model().head.pooling == "first"
 
 
 def test_a_mean_leaves_padding_out_whatever_it_holds() -> None:

@@ -6,7 +6,6 @@ import shutil
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,11 +37,11 @@ from training.tokenizer import CLASSIFY_ID, MASK_ID, PAD_ID
 
 def test_it_learns_an_easy_set(easy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training.loop.LOG_STEPS", 1)
-    train(tiny_config(easy_dir, tmp_path, num_epochs=8))
+    train(tiny_config(easy_dir, tmp_path, num_epochs=8, token_dropout=0.0))  # which may take both telling words
     losses = [line["loss"] for line in metrics(tmp_path) if "loss" in line]
     assert len(losses) == 120
     assert losses[0] == pytest.approx(math.log(2), rel=0.1), "it begins by guessing"
-    assert median(losses[-15:]) < losses[0] / 4  # of one text the telling words are cut off
+    assert sum(losses[-15:]) / 15 < losses[0] / 4
 
 
 def test_every_iteration_learns(run: Path) -> None:
