@@ -76,9 +76,7 @@ def open_engine(bundle: Bundle, *, provider: Provider, precision: Precision, thr
 
     Raises SettingsError for a provider or a precision that is not there, BundleError for a graph that does not load.
     """
-    chosen_provider = choose_provider(provider, ort.get_available_providers())
-    if (provider, precision) == ("auto", "auto") and "fp16" not in bundle.manifest.precisions:
-        chosen_provider = "cpu"  # CUDA has no kernels for what is stored
+    chosen_provider = choose_provider(bundle.manifest, provider, precision, ort.get_available_providers())
     chosen_precision, stored = choose_precision(bundle.manifest, chosen_provider, precision)
     graphs = {role: bundle.path / graph.file for role, graph in bundle.manifest.precisions[stored].graphs.items()}
     return Engine(graphs, provider=chosen_provider, precision=chosen_precision, threads=threads)
@@ -115,11 +113,18 @@ def has_vnni(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     return not words.isdisjoint({"avx512_vnni", "avx_vnni"})
 
 
-def choose_provider(asked: Provider, available: Sequence[str]) -> Literal["cpu", "cuda"]:
-    """CUDA where ONNX Runtime offers it, unless told otherwise; SettingsError if it is asked for and not there."""
+def choose_provider(
+    manifest: Manifest, asked: Provider, precision: Precision, available: Sequence[str]
+) -> Literal["cpu", "cuda"]:
+    """CUDA where ONNX Runtime offers it, unless told otherwise; SettingsError if it is asked for and not there.
+
+    A bundle without fp16 graphs runs on the CPU even then, unless a precision is asked for: CUDA has no kernels for its
+    int8, and one such bundle must not keep those beside it from the GPU.
+    """
     if asked == "cuda" and CUDA not in available:
         raise SettingsError("REFRAIN_PROVIDER=cuda: this ONNX Runtime has no CUDA provider; install the extra 'gpu'")
-    return "cuda" if asked != "cpu" and CUDA in available else "cpu"
+    fits = precision != "auto" or "fp16" in manifest.precisions
+    return "cuda" if asked != "cpu" and CUDA in available and fits else "cpu"
 
 
 def choose_precision(

@@ -66,9 +66,12 @@ class Settings(BaseSettings):
     architectures: Names = Field(
         default=(), description="Architectures to load, comma-separated; empty: all there are."
     )
-    provider: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where ONNX Runtime runs.")
+    provider: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Where ONNX Runtime runs; auto: on CUDA if it is there."
+    )
     precision: Literal["auto", "fp32", "fp16", "int8"] = Field(
-        default="auto", description="auto: fp16 on CUDA; on a CPU int8 where its accuracy holds, else fp32."
+        default="auto",
+        description="auto: fp16 on CUDA; what has none runs on the CPU. On a CPU int8 where it is accurate, else fp32.",
     )
     processes: int = Field(
         default_factory=_default_processes,

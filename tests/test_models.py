@@ -10,6 +10,7 @@ from fastapi.testclient import TestClient
 from model_export.ops import register_schemas
 from service.app import create_app
 from service.bundle import Bundle, load_bundle
+from service.engine import CPU, CUDA, Provider, choose_precision, choose_provider
 from service.settings import Settings
 from tests.service.fakes import wait_until
 
@@ -30,6 +31,13 @@ def test_together_they_are_small() -> None:
 
 def test_parameters_are_those_of_the_design(bundle: Bundle) -> None:
     assert bundle.manifest.parameters == pytest.approx(PARAMETERS[bundle.manifest.architecture], rel=0.02)
+
+
+@pytest.mark.parametrize("asked", ["auto", "cuda"])  # cuda is what compose and Kubernetes set where there is a GPU
+def test_a_machine_with_a_gpu_loads_them_all(bundle: Bundle, asked: Provider) -> None:
+    provider = choose_provider(bundle.manifest, asked, "auto", [CUDA, CPU])
+    precision, _ = choose_precision(bundle.manifest, provider, "auto")
+    assert (provider, precision) == {"sentiment": ("cuda", "fp16"), "domain": ("cpu", "int8")}[bundle.manifest.task]
 
 
 def test_accuracy_holds_in_every_precision(bundle: Bundle) -> None:

@@ -60,7 +60,10 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--task", default="sentiment", help="default: %(default)s")
     model.add_argument("--architecture", default="recurrent", help="default: %(default)s")
     model.add_argument(
-        "--provider", choices=("auto", "cpu", "cuda"), default="auto", help="default: CUDA if it is there"
+        "--provider",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="default: CUDA if it is there and the bundle has fp16",
     )
     model.add_argument(
         "--precision", choices=("auto", "fp32", "fp16", "int8"), default="auto", help="as in the service"

@@ -36,7 +36,7 @@ def what_is_asked(options: argparse.Namespace, bundle: Bundle) -> Asked:
 
     Raises BulkError for the input or a value out of range, SettingsError for a provider or precision not to be had.
     """
-    provider = choose_provider(options.provider, ort.get_available_providers())
+    provider = choose_provider(bundle.manifest, options.provider, options.precision, ort.get_available_providers())
     files = list_files(options.input, options.out)
     follows: Format = "jsonl" if Path(files[0].path.removesuffix(".gz")).suffix == ".jsonl" else "parquet"
     return Asked(

@@ -18,6 +18,7 @@ from service.bulk.classifier import Classifier, UnitWorker, result_fields
 from service.bulk.job import JOB_FILE, Asked, Job, alone_in, list_files, open_job
 from service.bulk.rows import BadText, Chunk
 from service.bulk.shards import new_shard
+from service.engine import CPU, CUDA
 from service.errors import BulkError
 from service.schemas import Options
 from tests.service.fakes import FakeEngine, fake_app, fake_bundle, running
@@ -265,6 +266,16 @@ def test_a_bad_file_does_not_keep_the_others_from_their_shards(
     assert "1 of 2 shards" in out
     assert "b.txt.gz cannot be read" in err
     assert [row["text"] for row in read_shards(tmp_path / "out")] == ["a film"]
+
+
+def test_a_model_for_cpus_alone_is_run_on_one_where_there_is_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("a film\n")
+    monkeypatch.setattr("service.engine.ort.get_available_providers", lambda: [CUDA, CPU])
+    assert work([str(tmp_path / "a.txt"), str(tmp_path / "out"), "--task", "domain"], monkeypatch) == 0
+    asked = json.loads((tmp_path / "out" / JOB_FILE).read_text())["asked"]
+    assert (asked["provider"], asked["precision"]) == ("cpu", "int8")
 
 
 @pytest.mark.parametrize(

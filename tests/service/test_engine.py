@@ -159,17 +159,18 @@ def test_why_a_precision_is_not_there_is_said() -> None:
         choose_precision(manifest, "cpu", "int8")
 
 
+@pytest.mark.parametrize("provider", ["auto", "cuda"])
 def test_a_bundle_for_cpus_alone_is_run_on_one_where_there_is_a_gpu(
-    models_dir: Path, monkeypatch: pytest.MonkeyPatch
+    models_dir: Path, monkeypatch: pytest.MonkeyPatch, provider: Provider
 ) -> None:
     bundle = load_bundle(models_dir / f"{tiny.DATASET}-baseline")
     precisions = {"int8": bundle.manifest.precisions["int8"]}
     bundle = dataclasses.replace(bundle, manifest=bundle.manifest.model_copy(update={"precisions": precisions}))
     monkeypatch.setattr("service.engine.ort.get_available_providers", lambda: [CUDA, CPU])
-    engine = open_engine(bundle, provider="auto", precision="auto", threads=1)
+    engine = open_engine(bundle, provider=provider, precision="auto", threads=1)
     assert (engine.provider, engine.precision) == ("cpu", "int8")
     with pytest.raises(SettingsError, match="has no fp16 graphs, only int8"):
-        open_engine(bundle, provider="cuda", precision="auto", threads=1)
+        open_engine(bundle, provider=provider, precision="fp16", threads=1)
 
 
 @pytest.mark.parametrize(
@@ -184,12 +185,12 @@ def test_a_bundle_for_cpus_alone_is_run_on_one_where_there_is_a_gpu(
     ],
 )
 def test_the_provider_that_is_chosen(asked: Provider, available: list[str], chosen: str) -> None:
-    assert choose_provider(asked, available) == chosen
+    assert choose_provider(manifest_with("fp16", "int8"), asked, "auto", available) == chosen
 
 
 def test_a_provider_that_is_not_there_is_refused() -> None:
     with pytest.raises(SettingsError, match=r"^REFRAIN_PROVIDER=cuda: "):
-        choose_provider("cuda", [CPU])
+        choose_provider(manifest_with("int8"), "cuda", "auto", [CPU])
 
 
 @pytest.mark.parametrize("content", [b"", b"not a graph", b"\x08\x0a" * 100])
