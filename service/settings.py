@@ -6,10 +6,12 @@ import difflib
 import importlib.metadata
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args, get_origin
 
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
@@ -104,7 +106,7 @@ class Settings(BaseSettings):
         description="Most tokens waiting for one model in one process; more get 429, or 413 if one request has more.",
     )
     max_queue_ms: int = Field(
-        default=1_000, gt=0, description="Longest that what waits for one model may take, as measured; more get 429."
+        default=1_000, ge=1, description="Longest that what waits for one model may take, as measured; more get 429."
     )
     brown_out_ms: int = Field(
         default=200,
@@ -126,7 +128,7 @@ class Settings(BaseSettings):
     body_seconds: float = Field(default=10.0, gt=0, description="Time a client has to send its body; slower gets 408.")
     deadline_ms: int = Field(
         default=10_000,
-        gt=0,
+        ge=1,
         le=3_600_000,
         description="Longest time a request may take in milliseconds; longer gets 504.",
     )
@@ -172,14 +174,48 @@ def load_settings() -> Settings:
     return settings
 
 
+@dataclass(frozen=True)
+class Described:
+    """A setting as a person reads it; `allowed` is empty where any text will do."""
+
+    name: str
+    default: str
+    allowed: str
+    meaning: str
+
+
+def described_settings() -> list[Described]:
+    """Every setting with its default, what it may be, and what it means."""
+    return [
+        Described(PREFIX + name.upper(), _shown_default(field), _allowed(field), field.description or "")
+        for name, field in Settings.model_fields.items()
+    ]
+
+
 def describe_settings() -> str:
-    """List every setting with its default and meaning, for --help."""
-    lines = []
-    for name, field in Settings.model_fields.items():
-        default = field.get_default(call_default_factory=True, validated_data={"provider": "auto"})
-        shown = ",".join(default) if isinstance(default, tuple) else str(default)
-        lines.append(f"  {PREFIX}{name.upper()} ({shown or 'empty'})\n      {field.description}")
-    return "\n".join(lines)
+    """Write every setting down, for --help."""
+    return "\n".join(
+        f"  {one.name} ({one.default}{'; ' * bool(one.allowed)}{one.allowed})\n      {one.meaning}"
+        for one in described_settings()
+    )
+
+
+def _shown_default(field: FieldInfo) -> str:
+    if field.default is None or field.default_factory is not None:
+        return "by the machine"
+    if isinstance(field.default, float):
+        return f"{field.default:g}"
+    return "empty" if field.default == () else str(field.default)
+
+
+def _allowed(field: FieldInfo) -> str:
+    if get_origin(field.annotation) is Literal:
+        *others, last = get_args(field.annotation)
+        return f"{', '.join(others)} or {last}"
+    edges = {edge: getattr(one, edge) for one in field.metadata for edge in ("gt", "ge", "le") if hasattr(one, edge)}
+    if "le" in edges:
+        return f"{edges['ge']} to {edges['le']}"
+    return f"{edges['ge']} or more" if "ge" in edges else f"above {edges['gt']}" if "gt" in edges else ""
 
 
 def _is_unknown(name: str) -> bool:

@@ -94,6 +94,22 @@ def test_help_lists_every_setting() -> None:
 
 
 @pytest.mark.parametrize(
+    "line",
+    [
+        "REFRAIN_PORT (8000; 0 to 65535)",
+        "REFRAIN_PROVIDER (auto; auto, cpu or cuda)",
+        "REFRAIN_MAX_BODY_BYTES (1048576; 1024 or more)",
+        "REFRAIN_STUCK_SECONDS (10; above 0)",
+        "REFRAIN_PROCESSES (by the machine; 1 to 1024)",
+        "REFRAIN_MAX_BATCH_TOKENS (by the machine; 1 or more)",
+        "REFRAIN_API_KEYS (empty)",
+    ],
+)
+def test_help_says_what_a_setting_may_be(line: str) -> None:
+    assert f"  {line}\n" in describe_settings()
+
+
+@pytest.mark.parametrize(
     ("content", "cpus"), [("100000 100000", 1), ("50000 100000", 1), ("max 100000", None), ("garbage", None)]
 )
 def test_a_cpu_limit_bounds_the_processes(tmp_path: Path, content: str, cpus: int | None) -> None:
