@@ -153,6 +153,21 @@ def test_panels_read_what_there_is(known: Known) -> None:
         assert set(re.findall(r"{{(\w+)}}", query.legend)) <= labels, f"{query.panel}: {query.legend}"
 
 
+def test_a_line_in_a_panel_is_where_the_alert_begins() -> None:
+    expressions = "\n".join(alert["expr"] for alert in ALERTS)
+    begins = {name: float(edge) for name, edge in re.findall(r"(\S+:\S+) > ([\d.]+)$", expressions, re.MULTILINE)}
+    drawn = {
+        panel["targets"][0]["expr"].partition("{")[0]: panel["fieldConfig"]["defaults"]["thresholds"]["steps"][-1][
+            "value"
+        ]
+        for panel in PANELS
+        if "thresholds" in panel.get("fieldConfig", {}).get("defaults", {})
+    }
+    shared = begins.keys() & drawn.keys()
+    assert len(shared) > 2
+    assert {name: drawn[name] for name in shared} == {name: begins[name] for name in shared}
+
+
 def test_variables_offer_what_there_is(known: Known) -> None:
     assert VARIABLES.keys() == {"datasource", "task", "architecture", "instance"}
     for name, variable in VARIABLES.items():
