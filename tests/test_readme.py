@@ -19,6 +19,17 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def cells(text: str) -> list[list[str]]:
+    """A table's rows."""
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows]
+
+
+ANSWER_PART = README.split("## Is the recurrent model worth it?\n")[1].split("\n## ")[0]
+ANSWER = cells(ANSWER_PART)
+PROSE = " ".join(ANSWER_PART.split())
+
+
 def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
 
@@ -52,6 +63,37 @@ def test_either_architecture_answers(client: TestClient) -> None:
 def test_fields_of_a_request_are_all_described(client: TestClient) -> None:
     fields = client.get("/openapi.json").json()["components"]["schemas"]["ClassifyRequest"]["properties"]
     assert set(fields) == set(re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE))
+
+
+def test_the_answer_is_what_the_load_test_measured() -> None:
+    shown = {row[0]: row[1:] for row in ANSWER[2:]}
+    measured = [row for row in load_test_rows() if row[0] in shown]
+    assert len(measured) == 5
+    assert {row[0]: [figure.split(" ")[0] for figure in row[1:3]] for row in measured} == {
+        row[0]: shown[row[0]] for row in measured
+    }
+    times = [float(row[3]) for row in load_test_rows() if row[0].endswith("texts/s")]
+    assert f"{min(times):.1f} to {max(times):.1f} times the texts" in PROSE
+    compared = (ROOT / "docs/results/bench.md").read_text(encoding="utf-8").split("## Texts/s of one mode")[1]
+    modes = cells(compared.split("\n## ")[0])[2:]
+    depth, leaving = ([float(row[place].split(" ")[0]) for row in modes if row[place] != "-"] for place in (1, 2))
+    assert f"At full depth it is {min(depth):.1f} to {max(depth):.1f} times" in PROSE
+    assert f"brings {min(leaving):.1f} to {max(leaving):.1f} times that" in PROSE
+
+
+def test_the_answer_has_the_manifests_accuracy_and_size() -> None:
+    shown = [row[1:] for row in ANSWER if row[0].startswith("accuracy")]
+    quality = [row.split(" | ") for row in [*quality_rows("sentiment"), *quality_rows("domain")]]
+    assert shown == [[row[1].split(" / ")[0], row[3].split(" / ")[0]] for row in quality]  # in INT8, as served
+    for architecture, size in zip(("recurrent", "baseline"), ANSWER[2][1:], strict=True):
+        manifest = json.loads((ROOT / f"models/sentiment-{architecture}/manifest.json").read_text())
+        assert size.endswith(f", {manifest['parameters'] / 1e6:.2f} M")
+
+
+def load_test_rows() -> list[list[str]]:
+    written = json.loads((ROOT / "docs/results/loadtest.json").read_text(encoding="utf-8"))
+    loads = [Load(**load) for load in written["loads"]]
+    return cells(overview(from_json(written["summary"]), loads, written["service_level_ms"]))[2:]
 
 
 def test_load_test_table_is_the_one_that_the_command_wrote() -> None:
@@ -120,6 +162,22 @@ def experiment_figures(name: str, row: str | None = None) -> dict[tuple[str, str
         )
         for one in results
     }
+
+
+def test_links_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        text = page.read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            path, _, anchor = target.partition("#")
+            to = page.parent / path if path else page
+            assert to.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in anchors(to), f"{page.name}: {target}"
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link into a page may name, as GitHub makes it of the headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
 def test_make_targets_and_files_exist() -> None:
