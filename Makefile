@@ -45,7 +45,7 @@ train: $(DEV)/ready ## Train both models (DATASET=sst2, DATA_DIR=... for local f
 			--output-dir runs/$(DATASET)-$$architecture $(TRAIN_OPTIONS) || exit; \
 	done
 
-export: $(DEV)/ready ## Export both runs into models/
+export: $(DEV)/ready ## Export both runs into models/ (DATASET=sst2; TASK=sentiment begins the folders' names)
 	for architecture in recurrent baseline; do \
 		$(DEV)/bin/python -m model_export runs/$(DATASET)-$$architecture models/$(TASK)-$$architecture $(DATA) $(EXPORT_OPTIONS) || exit; \
 	done

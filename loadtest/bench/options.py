@@ -23,7 +23,8 @@ against the baseline, in one interleaved run: every round measures each cell onc
 rounds with the lowest and the highest.
 
 The service is started once for each architecture, as `python -m service` with the settings of the environment
-(REFRAIN_...); one is under load while the other is idle. Every answer is checked against the raw runtime's own.
+(REFRAIN_...; with REFRAIN_API_KEYS, LOADTEST_API_KEY holds one of them); one is under load while the other is idle.
+Every answer is checked against the raw runtime's own.
 
 Cells: raw (ONNX Runtime alone on length-sorted batches, fixed depth, all processes), bare (one text at a time, one
 process), lists (requests of --list-size texts), single (requests of one text), mixed (short and long texts together,
