@@ -147,11 +147,15 @@ def quality_rows(task: str) -> list[str]:
 
 
 def test_experiments_are_those_that_the_command_wrote() -> None:
-    found = experiment_figures("transfer", "100 %") | experiment_figures("data-size")
-    shown = re.findall(r"^\| SST-2, (\d+ %) \| ([^|]+) \| (.+) \|$", README, flags=re.MULTILINE)
-    assert len(shown) == 5
+    found = experiment_figures("transfer", "100 %")
+    for name in ("data-size", "length"):
+        found |= experiment_figures(name)
+    part = README[README.index("| trained on | tested on |") : README.index("An interrupted training goes on")]
+    shown = [line.strip("| ").split(" | ", 2) for line in part.strip().splitlines()[2:]]
+    assert len(shown) == 7
     for row, test, figures in shown:
-        assert figures == f"{found[row, test, 'baseline']} | {found[row, test, 'recurrent']}"
+        where = row.removeprefix("SST-2, "), test
+        assert figures == f"{found[*where, 'baseline']} | {found[*where, 'recurrent']}"
 
 
 def experiment_figures(name: str, row: str | None = None) -> dict[tuple[str, str, str], str]:
