@@ -11,7 +11,10 @@ from training.errors import TrainingError
 
 
 def record(directories: Sequence[Path], output: Path) -> str:
-    """Writes `output`.json and `output`.md; returns the table. Hours are those of training, without validation."""
+    """Writes `output`.json and `output`.md; returns the table.
+
+    Hours are those of training, without validation, up to the last step that was logged.
+    """
     rows = [cost(run) for run in directories]
     table = _table(rows)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -24,8 +27,8 @@ def record(directories: Sequence[Path], output: Path) -> str:
 def cost(run: Path) -> dict[str, Any]:
     """One run's figures; None where an older version did not measure them."""
     info, path = runs.read_info(run), run / runs.METRICS
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    lines = [line for line in lines if "tokens_per_second" in line]
+    written = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = [line for line in written if "tokens_per_second" in line]
     if not lines:
         raise TrainingError(f"{run} has measured no speed: its training was too short, or has not begun")
     speeds = [line["tokens_per_second"] for line in lines]
@@ -36,7 +39,7 @@ def cost(run: Path) -> dict[str, Any]:
         "architecture": info.architecture,
         "machine": info.provenance.get("machine"),
         "precision": info.options["mixed_precision"],
-        "steps": lines[-1]["step"],
+        "steps": written[-1]["step"],  # a validation comes after the last of them
         "tokens_per_second": {"median": round(median(speeds)), "lowest": min(speeds), "highest": max(speeds)},
         "hours": sum(line["seconds"] for line in lines) / 3600 if "seconds" in lines[0] else None,
         "peak_memory_mb": max(line.get("peak_memory_mb", 0) for line in lines) or None,

@@ -34,7 +34,7 @@ def test_a_runs_cost_is_the_sum_of_its_seconds_and_the_peak_of_its_memory(tmp_pa
     found = cost(write_run(tmp_path / "run", *lines, {"step": 160, "validation": []}, machine="2 CPU threads"))
     assert found["tokens_per_second"] == {"median": 1000, "lowest": 900, "highest": 1200}
     assert (found["hours"], found["peak_memory_mb"], found["peak_cuda_mb"]) == (1.5, 800, None)
-    assert (found["stage"], found["machine"], found["steps"]) == ("train", "2 CPU threads", 150)
+    assert (found["stage"], found["machine"], found["steps"]) == ("train", "2 CPU threads", 160)
 
 
 def test_the_command_writes_a_table_and_takes_older_runs_as_well(
