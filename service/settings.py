@@ -137,7 +137,11 @@ class Settings(BaseSettings):
         ge=0,
         description="Time at shutdown in which /readyz is red and requests are still served, so that proxies see it.",
     )
-    drain_seconds: float = Field(default=30.0, ge=0, description="Longest wait for accepted requests at shutdown.")
+    drain_seconds: float = Field(
+        default=30.0,
+        ge=0,
+        description="Longest wait for accepted requests at shutdown; not below REFRAIN_DEADLINE_MS.",
+    )
     stuck_seconds: float = Field(
         default=10.0,
         gt=0,
@@ -157,6 +161,17 @@ class Settings(BaseSettings):
         if self.max_inputs > self.max_queue:
             raise ValueError(
                 f"{PREFIX}MAX_INPUTS={self.max_inputs} must not be above {PREFIX}MAX_QUEUE={self.max_queue}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_drain_outlasts_every_request(self) -> Settings:
+        if 1000 * self.drain_seconds < self.deadline_ms:
+            least = f"{self.deadline_ms / 1000:g}"
+            raise ValueError(
+                f"{PREFIX}DRAIN_SECONDS={self.drain_seconds:g} must be at least {least}, as long as a request may take "
+                f"({PREFIX}DEADLINE_MS={self.deadline_ms}), or a stop cuts accepted requests off; a drain ends with "
+                "the last answer, so a longer one costs nothing"
             )
         return self
 

@@ -126,7 +126,8 @@ class Load:
 
 
 def test_a_signal_under_load_loses_no_request(models_dir: Path, tmp_path: Path) -> None:
-    patient = {"deadline_ms": "600000", "max_queue_ms": "600000"}  # no 429, of which not each has a line in the log
+    # No 429, of which not each has a line in the log.
+    patient = {"deadline_ms": "600000", "drain_seconds": "600", "max_queue_ms": "600000"}
     with serving(tmp_path / "log", models_dir=models_dir, **patient) as served:
         load = Load(served.port)
         clients = [threading.Thread(target=load.client, daemon=True) for _ in range(CLIENTS)]

@@ -266,7 +266,9 @@ def test_engines_that_hang_for_a_moment_end_nothing(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_drain_has_an_end() -> None:
-    with live(drain_seconds=0.2, deadline_ms=600_000) as served:
+    with live(deadline_ms=600_000, drain_seconds=600, stuck_seconds=600) as served:
+        runtime = served.fake.app.state.runtime
+        runtime.settings = runtime.settings.model_copy(update={"drain_seconds": 0.2})  # which a start would refuse
         served.fake.recurrent.gate.clear()
         with served.send(classify_bytes("never answered")):
             assert served.fake.recurrent.entered.wait(timeout=10)

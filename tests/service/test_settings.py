@@ -77,6 +77,26 @@ def test_a_list_that_the_queue_can_never_hold_is_refused(monkeypatch: pytest.Mon
         load_settings()
 
 
+@pytest.mark.parametrize(("drain", "deadline"), [("9.9", None), ("0", None), (None, "30001"), ("60", "61000")])
+def test_a_drain_shorter_than_a_request_is_refused(
+    monkeypatch: pytest.MonkeyPatch, drain: str | None, deadline: str | None
+) -> None:
+    for name, value in (("REFRAIN_DRAIN_SECONDS", drain), ("REFRAIN_DEADLINE_MS", deadline)):
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    longest = deadline or "10000"
+    least = f"{int(longest) / 1000:g}"
+    problem = f"^REFRAIN_DRAIN_SECONDS={drain or 30} must be at least {least}, .*REFRAIN_DEADLINE_MS={longest}"
+    with pytest.raises(SettingsError, match=problem):
+        load_settings()
+
+
+def test_a_drain_as_long_as_a_request_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REFRAIN_DRAIN_SECONDS", "0.25")
+    monkeypatch.setenv("REFRAIN_DEADLINE_MS", "250")
+    assert load_settings().drain_seconds == 0.25
+
+
 def test_a_secret_shows_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REFRAIN_API_KEYS", "hush-hush")
     assert "hush" not in repr(load_settings())
