@@ -108,7 +108,8 @@ def test_policies_let_all_pods_of_the_cluster_in_and_nothing_out(manifests: list
             assert policy["policyTypes"] == ["Ingress", "Egress"]
             assert policy["egress"] == []
         rules = [rule for policy in policies for rule in policy["ingress"]]
-        assert {"namespaceSelector": {}} in [peer for rule in rules for peer in rule["from"]]
+        # A rule without `from` lets everybody in.
+        assert any({"namespaceSelector": {}} in rule.get("from", [{"namespaceSelector": {}}]) for rule in rules)
         opened = {port["port"] for rule in rules for port in rule["ports"]}
         assert opened == {port["name"] for port in pod.container["ports"]}
 

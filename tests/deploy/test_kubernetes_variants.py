@@ -159,6 +159,19 @@ def test_a_gpu_pod_is_one_process_with_one_gpu(defaults: Settings, monkeypatch: 
     assert load_settings().processes == 1
 
 
+# Callers that are no pods
+
+
+@pytest.mark.parametrize("suffix", ["", "-other"])
+def test_outside_callers_are_let_in_on_the_http_port_and_nowhere_else(suffix: str) -> None:
+    manifests = render("base + outside-callers", suffix)
+    (policy,), (pod,) = of_kind(manifests, "NetworkPolicy"), pods(manifests)
+    assert selects(policy["spec"]["podSelector"]["matchLabels"], pod.labels)
+    assert policy["spec"]["ingress"] == [{"ports": [{"port": pod.container["ports"][0]["name"]}]}]  # from everywhere
+    (narrow,) = of_kind(render("base", suffix), "NetworkPolicy")
+    assert policy["spec"] == narrow["spec"] | {"ingress": policy["spec"]["ingress"]}
+
+
 # KServe
 
 
