@@ -44,7 +44,7 @@ class MaskedLanguageModel(nn.Module):
         super().__init__()
         width, vocabulary = encoder.config.width, encoder.config.vocabulary
         self.encoder = encoder
-        self.encoder.head.requires_grad_(False)  # `step` answers by it, unheard
+        self.encoder.head.requires_grad_(False)  # nobody asks it, and several processes wait for every gradient
         self.norm = RMSNorm(width)
         self.transform = nn.Linear(width, width)
         self.transformed_norm = RMSNorm(width)
@@ -55,7 +55,7 @@ class MaskedLanguageModel(nn.Module):
         h_BLD = self.encoder.embed(ids_BL)
         logits_NV = []
         for _ in range(iterations or self.encoder.config.iterations):
-            h_BLD, _ = self.encoder.step(h_BLD, mask_BL)
+            h_BLD = self.encoder.iterate(h_BLD, mask_BL)
             logits_NV.append(self._score(h_BLD[chosen_BL]))
         return torch.stack(logits_NV)
 

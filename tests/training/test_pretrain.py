@@ -114,6 +114,14 @@ def test_the_head_shares_the_embedding_and_is_not_saved(pretrained: Path) -> Non
     assert sorted(len(shape) for shape in matrices) == [1, 2], "the embedding, and a bias for each word"
 
 
+def test_the_classification_head_is_not_run(pretrained: Path) -> None:
+    model, asked = MaskedLanguageModel(runs.read_info(pretrained).build_model()), []
+    model.encoder.head.register_forward_hook(lambda *_: asked.append(True))
+    ids_BL = torch.tensor([[CLASSIFY_ID, 7, 8]])
+    assert len(model(ids_BL, None, ids_BL == 7, None)) == 2
+    assert not asked
+
+
 def test_training_goes_on_from_it_with_a_new_head(pretrained: Path, data_dir: Path, tmp_path: Path) -> None:
     options = {"init_from": pretrained, "learning_rate": 1e-12, "num_epochs": 1}
     train(tiny_config(data_dir, tmp_path / "run", **options))

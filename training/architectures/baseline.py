@@ -8,6 +8,5 @@ from training.architectures.encoder import Encoder
 class StandardTransformer(Encoder):
     """The yardstick that the recurrent model is measured against."""
 
-    def step(self, h_BLD: Tensor, mask_BL: Tensor | None) -> tuple[Tensor, Tensor]:
-        h_BLD = self.run_layers(h_BLD, mask_BL)
-        return h_BLD, self.head(h_BLD, mask_BL)
+    def iterate(self, h_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
+        return self.run_layers(h_BLD, mask_BL)

@@ -1,4 +1,4 @@
-"""What the two architectures have in common: embed, run the layers, answer. Each adds its own `step`."""
+"""What the two architectures have in common: embed, run the layers, answer. Each adds its own `iterate`."""
 
 import math
 from abc import ABC, abstractmethod
@@ -12,6 +12,8 @@ from training.shapes import EncoderConfig
 
 class Encoder(nn.Module, ABC):
     """ids -> `embed` -> hidden; (hidden, mask) -> `step` -> (hidden, logits), once per iteration.
+
+    `iterate` is a step that does not answer.
 
     A mask is True where there is a token; None means that every position is one.
     """
@@ -57,8 +59,13 @@ class Encoder(nn.Module, ABC):
         return h_BLD
 
     @abstractmethod
+    def iterate(self, h_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
+        """One iteration: the next hidden state."""
+
     def step(self, h_BLD: Tensor, mask_BL: Tensor | None) -> tuple[Tensor, Tensor]:
         """One iteration: the next hidden state and its logits (B, C)."""
+        h_BLD = self.iterate(h_BLD, mask_BL)
+        return h_BLD, self.head(h_BLD, mask_BL)
 
     def forward(self, ids_BL: Tensor, mask_BL: Tensor | None = None, iterations: int | None = None) -> Tensor:
         """The logits of every iteration, (R, B, C); R is the configuration's unless given."""

@@ -9,8 +9,7 @@ CARRY = 0.5
 
 
 class RecurrentTransformer(Encoder):
-    """`step` is one iteration; its answer is usable by itself, so the number of iterations is the caller's choice."""
+    """Each iteration's answer is usable by itself, so the number of iterations is the caller's choice."""
 
-    def step(self, h_BLD: Tensor, mask_BL: Tensor | None) -> tuple[Tensor, Tensor]:
-        h_BLD = self.run_layers(h_BLD, mask_BL) + CARRY * h_BLD
-        return h_BLD, self.head(h_BLD, mask_BL)
+    def iterate(self, h_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
+        return self.run_layers(h_BLD, mask_BL) + CARRY * h_BLD
