@@ -7,7 +7,8 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from loadtest import target, texts
-from loadtest.bench import client, probes, processes, workers
+from loadtest.bench import probes, processes, workers
+from loadtest.bench.connection import GIVE_UP_SECONDS
 from loadtest.bench.options import BenchOptions, ModeName
 from loadtest.bench.probes import Probes
 from loadtest.bench.subject import RAW, Answered, Target
@@ -196,7 +197,7 @@ def drive(
         "arrivals_per_second": arrivals_per_second,
         "seed": options.seed,
     }
-    allowed = options.warmup + lasts + client.GIVE_UP_SECONDS + _SLACK_SECONDS
+    allowed = options.warmup + lasts + GIVE_UP_SECONDS + _SLACK_SECONDS
     with processes.watched(subject.pid) as watch, probes.asked(subject.url) as asked:
         (found,) = workers.run(CLIENT, [job], seconds=allowed, log=log)
     subject.peak = subject.peak.or_larger(watch.peak)

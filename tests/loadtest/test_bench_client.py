@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
-from loadtest.bench import client
-from loadtest.bench.client import arrivals, drive, fault
+from loadtest.bench import client, paces
+from loadtest.bench.client import drive
+from loadtest.bench.connection import Connection, Load, encode, fault
+from loadtest.bench.paces import arrivals
 from loadtest.recording import Recording
 
 SCORES = {"good": ("positive", 0.91), "bad": ("negative", 0.72), "odd": ("positive", 0.55)}
@@ -175,7 +177,7 @@ def test_open_arrivals_do_not_wait_for_answers_and_count_from_when_they_were_due
 
 
 def test_open_arrivals_tell_what_they_could_not_send(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "MAX_CONNECTIONS", 2)
+    monkeypatch.setattr(paces, "MAX_CONNECTIONS", 2)
     monkeypatch.setattr(client, "GIVE_UP_SECONDS", 0.1)
 
     async def never(number: int, texts: list[str]) -> bytes:
@@ -190,13 +192,13 @@ def test_open_arrivals_tell_what_they_could_not_send(monkeypatch: pytest.MonkeyP
 
 
 def test_a_request_whose_connection_is_still_opening_at_the_end_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    at_once = client.Load.connect
+    at_once = Load.connect
 
-    async def slow(load: client.Load, done: Callable[[client.Connection], None]) -> client.Connection:
+    async def slow(load: Load, done: Callable[[Connection], None]) -> Connection:
         await asyncio.sleep(0.4)
         return await at_once(load, done)
 
-    monkeypatch.setattr(client.Load, "connect", slow)
+    monkeypatch.setattr(Load, "connect", slow)
     recording, seen = run(right, traffics=traffic("good", connections=0), arrivals_per_second=50.0, seconds=0.2)
     assert (recording.failures, seen["late"]) == ({}, seen["sent"])
     assert seen["sent"] > 3
@@ -204,7 +206,7 @@ def test_a_request_whose_connection_is_still_opening_at_the_end_is_waited_for(mo
 
 def test_every_request_carries_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOADTEST_API_KEY", "very-secret")
-    assert b"\r\nX-API-Key: very-secret\r\n" in client.encode("127.0.0.1:8000", b"{}")
+    assert b"\r\nX-API-Key: very-secret\r\n" in encode("127.0.0.1:8000", b"{}")
 
 
 def test_arrivals_are_the_same_for_a_seed_and_as_many_as_asked() -> None:
