@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from loadtest import report
+from loadtest.command_line import parse
 from loadtest.errors import LoadTestError
-from loadtest.options import Options, parse
+from loadtest.options import Options
 from loadtest.rounds import Round, expected_seconds, run, subjects
 from loadtest.summary import summarise
 from loadtest.verdict import verdict

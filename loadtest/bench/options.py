@@ -10,9 +10,9 @@ from typing import Literal
 
 import tyro
 
+from loadtest.command_line import can_be_written
 from loadtest.errors import LoadTestError
 from loadtest.options import Options as ServiceOptions
-from loadtest.options import can_be_written
 
 ModeName = Literal["recurrent", "early-exit", "baseline"]
 CellKind = Literal["raw", "bare", "lists", "single", "mixed"]

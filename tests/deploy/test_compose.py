@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from loadtest.options import KEY_NAME, parse
+from loadtest.command_line import parse
+from loadtest.options import KEY_NAME
 from service.settings import Settings
 
 ROOT = Path(__file__).parents[2]

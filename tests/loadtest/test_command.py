@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from loadtest import target
+from loadtest.command_line import parse
 from loadtest.driver import drive
 from loadtest.job import Arrivals, Job
-from loadtest.options import Options, parse
+from loadtest.options import Options
 from loadtest.texts import request_bodies
 
 
