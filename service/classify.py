@@ -86,7 +86,7 @@ async def decide(asked: ClassifyRequest, request: Request) -> ClassifyAnswer:
     except TimeoutError:
         raise DeadlineExceeded from None
     answer = _answer(asked, outcomes, call)
-    runtime.metrics.answered(plan.first.metric_labels, call.timings_ms)
+    runtime.metrics.durations.answered(plan.first.metric_labels, call.timings_ms)
     if plan.shadow is not None:
         shadows: Shadows = request.app.state.shadows
         shadows.offer(plan.shadow, asked, outcomes)

@@ -98,7 +98,7 @@ def load_model(bundle: Bundle, settings: Settings, metrics: Metrics, thread: Eng
         engine,
         thread,
         limits=limits,
-        observer=ModelObserver(metrics, labels),
+        observer=ModelObserver(metrics.batches, labels),
         temperatures=bundle.manifest.calibration.temperatures,
         pace=pace,
     )

@@ -80,8 +80,33 @@ class Metrics:
             GCCollector(registry=registry)
         # Alerts on the share of errors; an architecture or task that was never decided is empty.
         self.requests = Counter("refrain_requests", "Classifications by status.", ("code", *MODEL), registry=registry)
-        # Alerts and dashboards of latency. Refusals are left out: they are fast just when the service is not.
-        self.request_duration = Histogram(
+        # Alerts on overload: requests turned away or given up.
+        self.rejected = Counter("refrain_rejected", "Requests turned away, by reason.", ("reason",), registry=registry)
+        # Whoever chooses a cascade's threshold: what share of the texts goes on to the second model.
+        self.cascade = Counter(
+            "refrain_cascade", "Texts of a cascade, by who answered.", ("decided_by", "task"), registry=registry
+        )
+        self.durations = DurationMetrics(registry)
+        self.batches = BatchMetrics(registry)
+        self.shadows = ShadowMetrics(registry)
+        self.models = ModelMetrics(registry)
+
+    def exposition(self) -> bytes:
+        """Write everything in Prometheus' text format; takes milliseconds, so not on the event loop."""
+        return generate_latest(self._shown)
+
+    def decided(self, models: Iterable[tuple[str, str]]) -> None:
+        """Count a cascade's texts by the (architecture, task) that answered each."""
+        for model in models:
+            self.cascade.labels(*model).inc()
+
+
+class DurationMetrics:
+    """How long answered requests take. Refusals are left out: they are fast just when the service is not."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        # Alerts and dashboards of latency.
+        self.request = Histogram(
             "refrain_request_duration_seconds",
             "Time of an answered request.",
             MODEL,
@@ -89,14 +114,33 @@ class Metrics:
             registry=registry,
         )
         # Whoever asks where the time goes.
-        self.stage_duration = Histogram(
+        self.stage = Histogram(
             "refrain_stage_duration_seconds",
             "Time of an answered request in one stage.",
             ("stage", *MODEL),
             buckets=SECONDS,
             registry=registry,
         )
-        self._durations: dict[tuple[str, tuple[str, str]], Histogram] = {}
+        self._found: dict[tuple[str, tuple[str, str]], Histogram] = {}
+
+    def answered(self, model: tuple[str, str], timings_ms: Mapping[str, float]) -> None:
+        """Take one answered request's times: `total`, and each stage by its name."""
+        for stage, milliseconds in timings_ms.items():
+            self._of(stage, model).observe(milliseconds / 1000)
+
+    def _of(self, stage: str, model: tuple[str, str]) -> Histogram:
+        """Where a stage's time of a model goes, looked up in the library once."""
+        found = self._found.get((stage, model))
+        if found is None:
+            found = self.request.labels(*model) if stage == "total" else self.stage.labels(stage, *model)
+            self._found[stage, model] = found
+        return found
+
+
+class BatchMetrics:
+    """What batchers do; each reports through a ModelObserver."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
         # The autoscaler. As of all gauges, what a dead process held is not counted.
         self.queue_depth = Gauge(
             "refrain_queue_depth",
@@ -106,10 +150,8 @@ class Metrics:
             registry=registry,
         )
         # Whoever tunes REFRAIN_MAX_BATCH_TOKENS: how full batches are, and how much of them is padding.
-        self.batch_texts = Histogram(
-            "refrain_batch_texts", "Texts in one batch.", MODEL, buckets=TEXTS, registry=registry
-        )
-        self.batch_tokens = Counter(
+        self.texts = Histogram("refrain_batch_texts", "Texts in one batch.", MODEL, buckets=TEXTS, registry=registry)
+        self.tokens = Counter(
             "refrain_batch_tokens", "Tokens run, real or padding.", ("kind", *MODEL), registry=registry
         )
         # Whoever chooses exit thresholds: what early exit saves.
@@ -119,31 +161,6 @@ class Metrics:
         self.exits = Counter(
             "refrain_exits", "Texts answered, by why they left.", ("reason", *MODEL), registry=registry
         )
-        # Whoever chooses a cascade's threshold: what share of the texts goes on to the second model.
-        self.cascade = Counter(
-            "refrain_cascade", "Texts of a cascade, by who answered.", ("decided_by", "task"), registry=registry
-        )
-        # Whoever decides whether the shadow may answer one day: does it say the same, and how long does it take?
-        # Its time is inference alone, to be held against that stage of those who answer: it waits for everybody.
-        self.shadow = Counter(
-            "refrain_shadow", "Texts that a shadow was to run.", ("result", *MODEL), registry=registry
-        )
-        self.shadow_difference = Histogram(
-            "refrain_shadow_score_difference",
-            "How far the shadow's probability of the answered label lies from the answer's.",
-            MODEL,
-            buckets=DIFFERENCES,
-            registry=registry,
-        )
-        self.shadow_duration = Histogram(
-            "refrain_shadow_duration_seconds",
-            "Time of a shadowed request in inference.",
-            MODEL,
-            buckets=SECONDS,
-            registry=registry,
-        )
-        # Alerts on overload: requests turned away or given up.
-        self.rejected = Counter("refrain_rejected", "Requests turned away, by reason.", ("reason",), registry=registry)
         # Whoever checks that nothing runs for those who left.
         self.dropped = Counter(
             "refrain_dropped_texts",
@@ -151,22 +168,49 @@ class Metrics:
             ("reason", *MODEL),
             registry=registry,
         )
-        # The comparison of architectures, and which version a replica runs.
-        self.model_memory = Gauge(  # each process holds its own
+
+
+class ShadowMetrics:
+    """For whoever decides whether the shadow may answer one day: does it say the same, and how long does it take?"""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.texts = Counter("refrain_shadow", "Texts that a shadow was to run.", ("result", *MODEL), registry=registry)
+        self.score_difference = Histogram(
+            "refrain_shadow_score_difference",
+            "How far the shadow's probability of the answered label lies from the answer's.",
+            MODEL,
+            buckets=DIFFERENCES,
+            registry=registry,
+        )
+        # Inference alone, to be held against that stage of those who answer: a shadow waits for everybody.
+        self.duration = Histogram(
+            "refrain_shadow_duration_seconds",
+            "Time of a shadowed request in inference.",
+            MODEL,
+            buckets=SECONDS,
+            registry=registry,
+        )
+
+
+class ModelMetrics:
+    """What is loaded: for the comparison of architectures, and to see which version a replica runs."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.memory = Gauge(  # each process holds its own
             "refrain_model_memory_bytes",
             "Bytes of the loaded graphs, in all processes.",
             MODEL,
             multiprocess_mode="livesum",
             registry=registry,
         )
-        self.model_parameters = Gauge(  # the same in each
+        self.parameters = Gauge(  # the same in each
             "refrain_model_parameters",
             "Parameters, all counted.",
             MODEL,
             multiprocess_mode="livemax",
             registry=registry,
         )
-        self.model_info = Gauge(  # while a reload goes round, both versions have 1
+        self.info = Gauge(  # while a reload goes round, both versions have 1
             "refrain_model_info",
             "1 for what is loaded, 0 for what was.",
             ("version", "precision", "provider", *MODEL),
@@ -174,53 +218,30 @@ class Metrics:
             registry=registry,
         )
 
-    def exposition(self) -> bytes:
-        """Write everything in Prometheus' text format; takes milliseconds, so not on the event loop."""
-        return generate_latest(self._shown)
-
     def loaded(self, model: Model) -> None:
         """Show what is loaded."""
-        self.model_memory.labels(*model.metric_labels).set(model.engine.model_bytes)
-        self.model_parameters.labels(*model.metric_labels).set(model.manifest.parameters)
+        self.memory.labels(*model.metric_labels).set(model.engine.model_bytes)
+        self.parameters.labels(*model.metric_labels).set(model.manifest.parameters)
         self._info(model).set(1)
 
     def unloaded(self, model: Model) -> None:
         """Show what has gone: at 0, since files that processes share forget no label."""
-        self.model_memory.labels(*model.metric_labels).set(0)
-        self.model_parameters.labels(*model.metric_labels).set(0)
+        self.memory.labels(*model.metric_labels).set(0)
+        self.parameters.labels(*model.metric_labels).set(0)
         self._info(model).set(0)
 
     def _info(self, model: Model) -> Gauge:
         engine = model.engine
-        return self.model_info.labels(model.manifest.version, engine.precision, engine.provider, *model.metric_labels)
-
-    def answered(self, model: tuple[str, str], timings_ms: Mapping[str, float]) -> None:
-        """Take one answered request's times: `total`, and each stage by its name."""
-        for stage, milliseconds in timings_ms.items():
-            self._duration(stage, model).observe(milliseconds / 1000)
-
-    def _duration(self, stage: str, model: tuple[str, str]) -> Histogram:
-        """Where a stage's time of a model goes, looked up in the library once."""
-        found = self._durations.get((stage, model))
-        if found is None:
-            total = stage == "total"
-            found = self.request_duration.labels(*model) if total else self.stage_duration.labels(stage, *model)
-            self._durations[stage, model] = found
-        return found
-
-    def decided(self, models: Iterable[tuple[str, str]]) -> None:
-        """Count a cascade's texts by the (architecture, task) that answered each."""
-        for model in models:
-            self.cascade.labels(*model).inc()
+        return self.info.labels(model.manifest.version, engine.precision, engine.provider, *model.metric_labels)
 
 
 class ModelObserver:
     """What one batcher reports, from its own thread; the label children are found once."""
 
-    def __init__(self, metrics: Metrics, model: tuple[str, str]) -> None:
-        self._batch_texts = metrics.batch_texts.labels(*model)
-        self._real = metrics.batch_tokens.labels("real", *model)
-        self._padding = metrics.batch_tokens.labels("padding", *model)
+    def __init__(self, metrics: BatchMetrics, model: tuple[str, str]) -> None:
+        self._batch_texts = metrics.texts.labels(*model)
+        self._real = metrics.tokens.labels("real", *model)
+        self._padding = metrics.tokens.labels("padding", *model)
         self._iterations = metrics.iterations.labels(*model)
         self._exits = {reason: metrics.exits.labels(reason, *model) for reason in get_args(Exit)}
         self._queue_depth = metrics.queue_depth.labels(*model)

@@ -90,9 +90,9 @@ def take_over(before: Serving, after: Serving, metrics: Metrics) -> list[Model]:
     """Let the new models begin, and show the change in the metrics; the answer is those that are to go."""
     gone = [model for key, model in before.models.items() if after.models.get(key) is not model]
     for model in gone:
-        metrics.unloaded(model)
+        metrics.models.unloaded(model)
     for key, model in after.models.items():
         if before.models.get(key) is not model:
             model.batcher.start()
-            metrics.loaded(model)
+            metrics.models.loaded(model)
     return gone

@@ -34,7 +34,7 @@ class Shadows:
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
-        self._metrics = runtime.metrics
+        self._metrics = runtime.metrics.shadows
         self._tasks: set[asyncio.Task[None]] = set()
         self._one_by_one = asyncio.Lock()
 
@@ -70,12 +70,12 @@ class Shadows:
                 continue
             agree, difference = compare(_scores(outcome.model, outcome.answer), _scores(model, result))
             self._count(model, "agree" if agree else "disagree")
-            self._metrics.shadow_difference.labels(*model.metric_labels).observe(difference)
+            self._metrics.score_difference.labels(*model.metric_labels).observe(difference)
         if ran := [result.inference_seconds for result in results if isinstance(result, Answer)]:
-            self._metrics.shadow_duration.labels(*model.metric_labels).observe(max(ran))
+            self._metrics.duration.labels(*model.metric_labels).observe(max(ran))
 
     def _count(self, model: Model, verdict: Verdict, texts: int = 1) -> None:
-        self._metrics.shadow.labels(verdict, *model.metric_labels).inc(texts)
+        self._metrics.texts.labels(verdict, *model.metric_labels).inc(texts)
 
 
 async def _run(model: Model, asked: ClassifyRequest, deadline: float) -> list[Answer | RefrainError]:

@@ -49,7 +49,9 @@ def exposed(directory: Path) -> dict[str, Labels]:
     limit = directory / "memory.max"
     limit.write_text("1000000")
     found = {sample.name: TARGET for metric in ProcessTree(directory, limit).collect() for sample in metric.samples}
-    for metric in [*vars(Metrics()).values(), *vars(SupervisorMetrics()).values()]:
+    service = Metrics()
+    groups = [service, service.durations, service.batches, service.shadows, service.models, SupervisorMetrics()]
+    for metric in [value for group in groups for value in vars(group).values()]:
         if isinstance(metric, MetricWrapperBase):
             labels = TARGET | frozenset(metric._labelnames)  # it tells them in no other way before it has values
             (described,) = metric.describe()
