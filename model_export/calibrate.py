@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 
-from service.bundle import Bin, Calibration, CalibrationError, ExitPoint, Reliability
+from service.manifest import Bin, Calibration, CalibrationError, ExitPoint, Reliability
 
 FloatArray = NDArray[np.floating]
 IntArray = NDArray[np.integer]

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from model_export.judge import SplitLogits, Splits
-from service.bundle import Card, LengthQuarter, Lengths, Manifest, Origin, Weakness
+from service.manifest import Card, LengthQuarter, Lengths, Manifest, Origin, Weakness
 from training.data import origins
 from training.scores import score
 

@@ -6,7 +6,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from model_export.errors import ExportError
-from service.bundle import Bin, Calibration, Reliability, load_bundle
+from service.bundle import load_bundle
+from service.manifest import Bin, Calibration, Reliability
 
 _WITHOUT, _WITH = "#999999", "#0072b2"
 _COLOURS = {"fp32": "#0072b2", "fp16": "#009e73", "int8": "#e69f00"}  # told apart by colour-blind readers too

@@ -15,7 +15,7 @@ from onnxruntime.transformers.onnx_model import OnnxModel
 from torch import Tensor, nn
 
 from model_export.ops import OPSET, TRANSLATIONS, attach_functions, register_schemas
-from service.bundle import GraphRole
+from service.manifest import GraphRole
 from training.architectures.encoder import Encoder
 
 Graphs = Mapping[GraphRole, ModelProto]

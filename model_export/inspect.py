@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from service.bundle import Calibration, Graph, Manifest, Precision, load_bundle
+from service.bundle import load_bundle
+from service.manifest import Calibration, Graph, Manifest, Precision
 
 SAVING_AIMED_AT = 0.25
 """Share of the iterations that leaving early should save to be worth its name."""

@@ -8,8 +8,8 @@ from tokenizers import Tokenizer
 
 from model_export.errors import ExportError
 from model_export.parity import FloatArray, Tolerances, precision_difference, run_engine
-from service.bundle import Difference, Quality
 from service.engine import Engine
+from service.manifest import Difference, Quality
 from training.data import Dataset, load_dataset
 from training.examples import Examples
 from training.scores import score

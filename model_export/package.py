@@ -27,8 +27,9 @@ from model_export.parity import (
     run_portable,
 )
 from model_export.quantize import measure_ranges, quantize_embedding, quantize_step
-from service.bundle import (
-    MANIFEST,
+from service.bundle import MANIFEST
+from service.engine import Engine
+from service.manifest import (
     SCHEMA_VERSION,
     Difference,
     Graph,
@@ -44,7 +45,6 @@ from service.bundle import (
     content_version,
     first_problem,
 )
-from service.engine import Engine
 from training import run as runs
 from training.architectures.encoder import Encoder
 from training.batches import pad, sorted_batches

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from model_export.errors import ExportError
-from service.bundle import Difference
 from service.engine import Engine
+from service.manifest import Difference
 from training.architectures.encoder import Encoder
 from training.batches import pad, sorted_batches
 

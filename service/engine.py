@@ -10,8 +10,9 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from service.bundle import Bundle, GraphRole, Manifest, StoredPrecision
+from service.bundle import Bundle
 from service.errors import BundleError, SettingsError
+from service.manifest import GraphRole, Manifest, StoredPrecision
 
 FloatArray = NDArray[np.float32]
 Provider = Literal["auto", "cpu", "cuda"]

@@ -10,12 +10,13 @@ from typing import Literal, Protocol
 import structlog
 
 from service.batcher import Batcher, Limits, RunsBatches
-from service.bundle import Bundle, Manifest, find_bundles, load_bundle
+from service.bundle import Bundle, find_bundles, load_bundle
 from service.device_engine import DeviceEngine
 from service.engine import Engine, open_engine
 from service.engine_thread import EngineThread
 from service.errors import BundleError, SettingsError
 from service.jobs import CALL_TOKENS, Pace
+from service.manifest import Manifest
 from service.metrics import Metrics, ModelObserver
 from service.settings import Settings
 

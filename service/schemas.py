@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 from pydantic_core import ErrorDetails
 
-from service.bundle import Calibration, Card
 from service.errors import InputEmpty, InvalidJSON, InvalidRequest, RefrainError
+from service.manifest import Calibration, Card
 
 MAX_ITERATIONS = 16  # a recurrent model may run deeper than it was trained for, within reason
 SHOWN_PROBLEMS = 10  # of a request with more wrong fields than this, the first are named

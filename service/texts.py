@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from service.bundle import Bundle, Manifest
+from service.bundle import Bundle
 from service.confidence import softmax, temperature_after
 from service.jobs import CALL_TOKENS, Answer, Text
+from service.manifest import Manifest
 from service.schemas import Options, Result
 
 CHARACTERS = 4  # of a token, in English

@@ -29,8 +29,9 @@ from model_export.inspect import inspect
 from model_export.package import export
 from model_export.parity import run_engine
 from service.app import create_app
-from service.bundle import MANIFEST, Bundle, ExitPoint, Manifest, content_version, load_bundle
+from service.bundle import MANIFEST, Bundle, load_bundle
 from service.engine import open_engine
+from service.manifest import ExitPoint, Manifest, content_version
 from service.settings import Settings
 from tests import tiny
 from tests.model_export.test_package import export_options

@@ -16,7 +16,8 @@ from model_export.errors import ExportError
 from model_export.judge import Splits, open_splits
 from model_export.package import ExportOptions, export
 from model_export.parity import Tolerances
-from service.bundle import Bundle, Manifest, load_bundle
+from service.bundle import Bundle, load_bundle
+from service.manifest import Manifest
 from tests import tiny
 from tests.model_export.test_package import negate_head
 from tests.tiny import Architecture

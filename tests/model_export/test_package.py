@@ -18,7 +18,8 @@ from model_export.errors import ExportError
 from model_export.graphs import Graphs, to_fp16
 from model_export.package import ExportOptions, export
 from model_export.parity import Tolerances
-from service.bundle import Bundle, GraphRole, load_bundle
+from service.bundle import Bundle, load_bundle
+from service.manifest import GraphRole
 from tests import tiny
 from tests.tiny import Architecture
 from training.run import CONFIG, WEIGHTS, read_info, read_model

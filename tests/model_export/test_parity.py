@@ -21,8 +21,8 @@ from model_export.parity import (
     precision_difference,
     run_engine,
 )
-from service.bundle import GraphRole
 from service.engine import Engine
+from service.manifest import GraphRole
 from tests import tiny
 from training.architectures.encoder import Encoder
 from training.batches import pad

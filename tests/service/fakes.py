@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from service.app import create_app
-from service.bundle import Bundle, Calibration, Card, Lengths, Manifest
+from service.bundle import Bundle
+from service.manifest import Calibration, Card, Lengths, Manifest
 from service.settings import Settings
 
 FloatArray = NDArray[np.float32]

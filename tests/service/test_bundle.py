@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from service.bundle import MANIFEST, Manifest, content_version, find_bundles, load_bundle, stored_files
+from service.bundle import MANIFEST, find_bundles, load_bundle
 from service.errors import BundleError
+from service.manifest import Manifest, content_version, stored_files
 from tests import tiny
 
 

@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from service.bundle import Manifest, StoredPrecision, find_bundles, load_bundle
+from service.bundle import find_bundles, load_bundle
 from service.engine import CPU, CUDA, Engine, Precision, Provider, choose_precision, choose_provider, open_engine
 from service.errors import BundleError, SettingsError
+from service.manifest import Manifest, StoredPrecision
 from tests import tiny
 
 FloatArray = NDArray[np.float32]

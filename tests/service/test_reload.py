@@ -20,10 +20,11 @@ import structlog
 from fastapi.testclient import TestClient
 
 from service.app import create_app
-from service.bundle import MANIFEST, Bundle, Manifest, content_version
+from service.bundle import MANIFEST, Bundle
 from service.errors import BundleError, Draining
 from service.jobs import Answer, Text
 from service.loading import Model
+from service.manifest import Manifest, content_version
 from service.runtime import Runtime
 from service.settings import Settings
 from tests import tiny
