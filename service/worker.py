@@ -59,7 +59,7 @@ class Link:
 def main() -> int:
     """Serve until told to stop; the answer is the process's exit status."""
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _leave)
+        signal.signal(number, end_at_once)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the supervisor's to pass on, also when a terminal sends it to all
     _go_on_when_supervisor_dies()
     slot, port, line, order = sys.argv[1:]
@@ -146,8 +146,12 @@ def _go_on_when_supervisor_dies() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGCONT))
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
-    sys.exit(0)
+def end_at_once(number: int, frame: FrameType | None) -> None:
+    """End this process, which does not serve yet, at a signal.
+
+    An exception would not do: where it is raised in a destructor or a callback it is dropped, and with it the stop.
+    """
+    os._exit(0)
 
 
 if __name__ == "__main__":

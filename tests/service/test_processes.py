@@ -270,6 +270,23 @@ def test_a_second_signal_does_not_wait_and_leaves_nothing(models_dir: Path, tmp_
         assert not directory.exists()
 
 
+def test_a_stop_is_heard_wherever_it_finds_a_process_that_starts() -> None:
+    program = """
+import os, signal
+from service.worker import end_at_once
+
+class Interrupted:
+    def __del__(self):  # as in an import's own bookkeeping: what is raised here is dropped
+        os.kill(os.getpid(), signal.SIGTERM)
+
+signal.signal(signal.SIGTERM, end_at_once)
+Interrupted()
+print("goes on")
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=SECONDS)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_what_fails_after_the_start_is_tried_again(models_dir: Path, tmp_path: Path) -> None:
     models = shutil.copytree(models_dir, tmp_path / "models")
     tokenizer = models / f"{tiny.DATASET}-recurrent" / "tokenizer.json"
