@@ -68,7 +68,7 @@ def test_errors_are_those_that_there_are() -> None:
 
 def test_metrics_are_those_that_are_exposed() -> None:
     found = {"refrain_memory_limit_bytes": (set[str](), "Memory that all processes may take together.")}
-    for metric in [*vars(Metrics()).values(), *vars(SupervisorMetrics()).values()]:
+    for metric in [*Metrics().registry._collector_to_names, *vars(SupervisorMetrics()).values()]:
         if isinstance(metric, MetricWrapperBase):
             (described,) = metric.describe()
             name = described.name + "_total" * (described.type == "counter")
