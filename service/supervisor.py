@@ -136,6 +136,8 @@ class Supervisor:
             except TimeoutError:
                 silent += 1
                 continue
+            except ConnectionError:  # in place of the end, when it was killed before it had read an order
+                break
             if not line:
                 break
             silent = 0

@@ -169,6 +169,24 @@ def test_memory_has_a_limit_only_where_one_is_set(said: str | None, shown: list[
     assert [sample.value for sample in samples if sample.name == "refrain_memory_limit_bytes"] == shown
 
 
+def test_a_process_that_is_killed_before_it_has_read_its_orders_takes_nobody_along(served: Process) -> None:
+    restarts = value(served, "refrain_process_restarts_total")
+    killed = served.workers()[0]
+    killed.suspend()
+    served.process.send_signal(signal.SIGHUP)  # an order that it will never read: its end of the line is reset
+    wait_until(lambda: last_reload(served) > 0, SECONDS)
+    killed.kill()
+    killed.wait(SECONDS)
+    wait_until(lambda: served.process.poll() is not None or whole(served), SECONDS)
+    assert served.process.poll() is None, served.log_lines()[-1]
+    assert served.classify(TEXT)[0] == 200
+    assert value(served, "refrain_process_restarts_total") == restarts + 1
+
+
+def last_reload(served: Process) -> int:
+    return [line["event"] for line in served.log_lines()].count("reloaded")
+
+
 def test_a_process_that_stands_still_is_replaced(served: Process) -> None:
     hung = served.workers()[0]
     hung.suspend()
