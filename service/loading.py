@@ -70,23 +70,41 @@ def load_bundles(settings: Settings) -> list[Bundle]:
         other = seen.setdefault((bundle.manifest.task, bundle.manifest.architecture), bundle)
         if other is not bundle:
             raise BundleError(f"{other.path} and {bundle.path} are the same task and architecture: keep one of them")
+    named: dict[str, Bundle] = {}
+    for bundle in wanted:
+        other = named.setdefault(bundle.manifest.name, bundle)
+        if other is not bundle:  # a path of the Open Inference Protocol would mean both
+            raise BundleError(f"{other.path} and {bundle.path} have the same name, {bundle.manifest.name}: rename one")
     return wanted
 
 
 def make_engine(bundle: Bundle, settings: Settings) -> Engine | DeviceEngine:
-    """Open a bundle's graphs as the settings have it."""
+    """Open a bundle's graphs as the settings have it; raises SettingsError, BundleError."""
     engine = open_engine(bundle, provider=settings.provider, precision=settings.precision, threads=settings.threads)
+    # Once more: whoever copies a bundle over this one meanwhile must not have it answer under this one's version.
+    if load_bundle(bundle.path).manifest != bundle.manifest:
+        raise BundleError(f"{bundle.path} was replaced while it was loaded: reload once all of it is there")
     return DeviceEngine(engine) if engine.provider == "cuda" else engine
 
 
 def load_model(bundle: Bundle, settings: Settings, metrics: Metrics, thread: EngineThread, make: MakeEngine) -> Model:
-    """Open a bundle and run it once over short and long texts; its batcher is not started."""
+    """Open a bundle and run it once over short and long texts; its batcher is not started.
+
+    Raises SettingsError, and BundleError also where its graphs do not run or do not fit its labels.
+    """
     started = time.monotonic()
     engine = make(bundle, settings)
-    for length in WARM_UP_LENGTHS:
-        _seconds_for(engine, bundle.manifest, 1, length)
     batch_tokens = settings.max_batch_tokens or BATCH_TOKENS[engine.provider]
-    pace = _measure(engine, bundle.manifest, batch_tokens)
+    try:
+        _check_labels(engine, bundle)
+        for length in WARM_UP_LENGTHS:
+            _seconds_for(engine, bundle.manifest, 1, length)
+        pace = _measure(engine, bundle.manifest, batch_tokens)
+    except BundleError:
+        raise
+    except Exception as error:  # the runtime's exceptions share no base class of its own
+        reason = f"{type(error).__name__}: {error}".replace("\n", " ")
+        raise BundleError(f"{bundle.path}: its graphs do not run: {reason}") from error
     labels = bundle.manifest.architecture, bundle.manifest.task
     limits = Limits(
         batch_tokens=batch_tokens,
@@ -108,6 +126,16 @@ def load_model(bundle: Bundle, settings: Settings, metrics: Metrics, thread: Eng
         "loaded", model=bundle.id, precision=engine.precision, provider=engine.provider, seconds=seconds
     )
     return Model(bundle, engine, batcher)
+
+
+def _check_labels(engine: ServingEngine, bundle: Bundle) -> None:
+    _states, logits_BC = engine.step(engine.embed([[0]]))
+    if logits_BC.shape != (1, len(bundle.manifest.labels)):
+        given = logits_BC.shape[-1]
+        raise BundleError(
+            f"{bundle.path}: its graphs give {given} numbers for a text, its manifest has "
+            f"{len(bundle.manifest.labels)} labels"
+        )
 
 
 def _measure(engine: ServingEngine, manifest: Manifest, batch_tokens: int) -> Pace:

@@ -234,6 +234,13 @@ class Manifest(_Strict):
             raise PydanticCustomError("schema_version", said, {"found": str(found)[:20], "ours": SCHEMA_VERSION})
         return found
 
+    @field_validator("labels")
+    @classmethod
+    def _are_different(cls, labels: list[str]) -> list[str]:
+        if len(set(labels)) < len(labels):  # an answer's scores are by label
+            raise ValueError("each label comes once")
+        return labels
+
     @model_validator(mode="after")
     def _is_calibrated(self) -> Self:
         if len(self.calibration.temperatures) != self.iterations:

@@ -152,6 +152,7 @@ def test_a_bundle_of_another_schema_is_refused_with_what_to_do(bundle_dir: Path)
         (["precisions"], {}, "precisions"),
         (["precisions", "int8", "graphs"], {}, "precisions.int8.graphs"),
         (["labels"], ["one"], "labels"),
+        (["labels"], ["one", "one"], "labels: Value error, each label comes once"),
         (["name"], "../name", "name"),
         (["iterations"], 0, "iterations"),
         (["calibration"], None, "calibration: Input should be"),

@@ -215,7 +215,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_server() -> None:
         thread.start()
         thread.join(timeout=20)
         assert not thread.is_alive()
-    assert str(fake.app.state.runtime.failure) == "loading failed: RuntimeError: poisoned"
+    assert str(fake.app.state.runtime.failure) == "nowhere: its graphs do not run: RuntimeError: poisoned"
 
 
 def test_a_signal_that_comes_twice_still_drains() -> None:
