@@ -139,6 +139,10 @@ class Connection(HttpToolsProtocol):
         super().on_message_begin()
         self._within = True
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header; blanks behind its value are none of it (RFC 9112, 5.1), and the parser leaves them there."""
+        super().on_header(name, value.rstrip(b" \t"))
+
     def on_headers_complete(self) -> None:
         """Begin a request, unless something about its head or its connection forbids it."""
         if len(self.headers) > HEADERS:

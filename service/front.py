@@ -43,7 +43,7 @@ class ApiKeys:
         if not self._keys:
             return True
         scheme, _, token = headers.get("authorization", "").partition(" ")
-        bearer = token if scheme.lower() == "bearer" else ""
+        bearer = token.lstrip(" ") if scheme.lower() == "bearer" else ""  # blanks, one or more (RFC 9110, 11.4)
         offered = (headers.get("x-api-key") or bearer).encode("latin-1")
         # All keys are compared before any is decided on, so the time tells nothing of which one matched.
         matches = [hmac.compare_digest(offered, key) for key in self._keys]

@@ -19,6 +19,9 @@ def reserve(host: str, port: int) -> socket.socket:
     except OSError as error:
         holder.close()
         raise StartError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+    except TypeError:  # "encoding of hostname failed"
+        holder.close()
+        raise StartError(f"cannot listen on {host}:{port}: a host's name has parts of 1 to 63 characters") from None
     # Only now: a port that is bound so from the start could be shared with another service, silently.
     holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
     holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)

@@ -130,6 +130,17 @@ def test_garbage_of_all_kinds_ends_in_an_answer_or_an_end(served: Live) -> None:
     assert_well(served)
 
 
+def test_blanks_around_a_header_s_value_are_none_of_it(served: Live) -> None:
+    chunks = b"%x\r\n%s\r\n0\r\n\r\n" % (len(b'{"inputs":"a"}'), b'{"inputs":"a"}')
+    head = b"POST /classify HTTP/1.1\r\nHost: x\r\nX-Request-ID: \t mine \t \r\nTransfer-Encoding: chunked \r\n"
+    with closing(served.send(head + b"Expect: 100-continue \r\n\r\n")) as connection:
+        assert connection.recv(100).startswith(b"HTTP/1.1 100 ")
+        connection.sendall(chunks)
+        answer = reply(connection)
+    assert answer.status == 200
+    assert answer.headers["x-request-id"] == "mine"
+
+
 def test_a_trailer_does_not_pass_for_a_header(served: Live) -> None:
     sent = CHUNKED + b'f\r\n{"inputs": "a"}\r\n0\r\nX-Request-Id: smuggled\r\n\r\n'
     with served.send(sent) as connection:
