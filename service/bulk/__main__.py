@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from service.bulk.rows import is_unicode
 from service.errors import BulkError, StartError
 
 DESCRIPTION = """\
@@ -17,7 +18,8 @@ IN   a file, a folder or a pattern in quotes: .jsonl, .csv, .parquet, or .txt wi
 OUT  a folder: part-000000.parquet and so on, in the order of the rows, one for each unit of work, and job.json
 
 Each row keeps its columns and gets label, score, scores, iterations, tokens, truncated, model; a column of its own that
-is called so is kept as input_NAME. A row that has no text to classify gets a reason in the column `error` instead.
+is called so is kept as input_NAME, and one called input_NAME as input_input_NAME. A row that has no text to classify
+gets a reason in the column `error` instead.
 The same command after an interruption, whatever it was, does the shards that are missing.
 """
 EPILOG = """\
@@ -76,9 +78,11 @@ def _parser() -> argparse.ArgumentParser:
     answers.add_argument("--raw-scores", action="store_true", help="logits in place of probabilities")
     files = parser.add_argument_group("files")
     files.add_argument(
-        "--column", default="text", metavar="NAME", help="the column with the text; default: %(default)s"
+        "--column", type=_names, default="text", metavar="NAME", help="the column with the text; default: %(default)s"
     )
-    files.add_argument("--keep", metavar="NAME,...", help="input columns to keep, '' for none; default: all")
+    files.add_argument(
+        "--keep", type=_names, metavar="NAME,...", help="input columns to keep, '' for none; default: all"
+    )
     files.add_argument(
         "--format", choices=("parquet", "jsonl"), help="of OUT; default: jsonl for .jsonl, parquet for the others"
     )
@@ -100,9 +104,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(value: str) -> int:
-    if (number := int(value)) < 1:
-        raise ValueError
-    return number
+    if not value.isdecimal() or int(value) < 1:
+        raise argparse.ArgumentTypeError(f"{value} is no whole number above 0")
+    return int(value)
+
+
+def _names(value: str) -> str:
+    if not is_unicode(value):
+        raise argparse.ArgumentTypeError(f"{value!a} is not UTF-8")
+    return value
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -13,8 +13,8 @@ from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from service.bulk.rows import check_columns, column_names, first_object
-from service.bulk.shards import REST, Format
+from service.bulk.rows import check_columns, column_names, first_object, is_unicode
+from service.bulk.shards import REST, Columns, Format
 from service.bulk.units import InputFile, Unit, cut_into_units, find_files
 from service.errors import BulkError
 from service.schemas import Options
@@ -51,10 +51,10 @@ class Job(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     asked: Asked
-    columns: list[str]
-    """of rows that bring no types, as parquet needs them; empty for other rows"""
+    columns: list[str | None]
+    """of rows that bring no types, as parquet needs them, None for the one that holds the rest; empty for other rows"""
     units: list[Unit]
 
     def shard(self, number: int) -> str:
@@ -82,10 +82,10 @@ def make_job(asked: Asked) -> Job:
     units = cut_into_units(asked.files, asked.shard_bytes or by_size)
     columns = {unit.file: _columns(unit, asked) for unit in reversed(units)}  # reversed: the first unit of each stays
     first = columns[units[0].file] if units else []
-    return Job(asked=asked, columns=first, units=units)
+    return Job(asked=asked, columns=list(first), units=units)
 
 
-def _columns(unit: Unit, asked: Asked) -> list[str]:
+def _columns(unit: Unit, asked: Asked) -> Columns:
     """The columns that rows without types are written to."""
     try:
         names = column_names(unit)
@@ -94,7 +94,8 @@ def _columns(unit: Unit, asked: Asked) -> list[str]:
             return [] if unit.kind == "parquet" else names if asked.keep is None else asked.keep
         if unit.kind == "txt":
             return [asked.column] if asked.keep is None else []
-        return [*first_object(unit), REST] if asked.keep is None else asked.keep
+        own = [name for name in first_object(unit) if name != REST and is_unicode(name)]
+        return [*own, None] if asked.keep is None else asked.keep
     except (OSError, EOFError, zlib.error, csv.Error, ValueError) as error:
         raise BulkError(f"{unit.file} cannot be read: {error}") from error
 

@@ -50,11 +50,13 @@ def read_chunks(unit: Unit, column: str, keep: Sequence[str] | None) -> Iterator
 
 
 def check_columns(file: str, names: Sequence[str], column: str, keep: Sequence[str] | None) -> None:
-    """Raises BulkError for a column that the file lacks, or one that it has twice."""
+    """Raises BulkError for a column that the file lacks, one that it has twice, and one whose name is not UTF-8."""
     if lacking := [name for name in (column, *(keep or ())) if name not in names]:
         raise BulkError(f"{file}: no column {lacking[0]!r}, only {', '.join(map(repr, names))}")
     if len(set(names)) < len(names):
         raise BulkError(f"{file}: two columns have the same name: {', '.join(map(repr, names))}")
+    if unwritable := [name for name in names if not is_unicode(name)]:
+        raise BulkError(f"{file}: the name of the column {_mended(unwritable[0])!r} is not UTF-8")
 
 
 def column_names(unit: Unit) -> list[str] | None:
@@ -76,6 +78,7 @@ def first_object(unit: Unit) -> dict[str, Any]:
 
 
 def _read_parquet(unit: Unit, column: str, keep: Sequence[str] | None) -> Iterator[Chunk]:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     columns = None if keep is None else list(dict.fromkeys([column, *keep]))
@@ -87,8 +90,8 @@ def _read_parquet(unit: Unit, column: str, keep: Sequence[str] | None) -> Iterat
             texts = [_checked(text) for text in batch.column(column).to_pylist()]
             yield Chunk(texts, batch if keep is None else batch.select(list(keep)))
         if empty:
-            nothing = file.schema_arrow.empty_table().to_batches(CHUNK_ROWS)
-            yield Chunk([], nothing[0] if nothing else [])
+            nothing = pa.RecordBatch.from_pylist([], schema=file.schema_arrow)
+            yield Chunk([], nothing if keep is None else nothing.select(list(keep)))
 
 
 def _read_text(unit: Unit, column: str, keep: Sequence[str] | None) -> Iterator[Chunk]:
@@ -154,7 +157,12 @@ def _checked(value: object, column: str = "", encoding: str = "not Unicode: half
         return BadText(f"not a text: {_beginning(str(value))}")
     if not value or value.isspace():
         return BadText("empty")
-    return value if _mended(value) is value else BadText(encoding)
+    return value if is_unicode(value) else BadText(encoding)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: not if it holds half of a surrogate pair."""
+    return _mended(text) is text
 
 
 def _mended(text: str) -> str:

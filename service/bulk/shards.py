@@ -16,9 +16,12 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Format = Literal["jsonl", "parquet"]
+MADE_WAY = "input_"
 RESULT_FIELDS = ("label", "score", "scores", "iterations", "tokens", "truncated", "model", "error")
 REST = "other_fields"
 """The column that holds, as JSON, what a row of JSON lines has beyond the columns."""
+Columns = Sequence[str | None]
+"""Names of columns; None stands for REST, which a column of the input may be called too."""
 
 
 class Writer(Protocol):
@@ -29,7 +32,7 @@ class Writer(Protocol):
 
 
 @contextmanager
-def new_shard(path: Path, form: Format, labels: Sequence[str], columns: Sequence[str]) -> Iterator[Writer]:
+def new_shard(path: Path, form: Format, labels: Sequence[str], columns: Columns) -> Iterator[Writer]:
     """A writer whose file gets its name when all is written; `columns` are those of rows that bring no types."""
     aside = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     writer = JsonLinesWriter(aside) if form == "jsonl" else ParquetWriter(aside, labels, columns)
@@ -45,8 +48,14 @@ def new_shard(path: Path, form: Format, labels: Sequence[str], columns: Sequence
 
 
 def kept_name(name: str) -> str:
-    """A kept column's name in the shard: what a result's field is called makes way."""
-    return f"input_{name}" if name in RESULT_FIELDS else name
+    """A kept column's name in the shard: what a result's field is called makes way, and what it would meet there too.
+
+    So answers can be classified again, and no two columns become one.
+    """
+    called = name
+    while called.startswith(MADE_WAY):
+        called = called.removeprefix(MADE_WAY)
+    return MADE_WAY + name if called in RESULT_FIELDS else name
 
 
 class JsonLinesWriter:
@@ -69,7 +78,7 @@ class JsonLinesWriter:
 class ParquetWriter:
     """Batches keep their types; values of rows without types become text, all but texts as JSON."""
 
-    def __init__(self, path: Path, labels: Sequence[str], columns: Sequence[str]) -> None:
+    def __init__(self, path: Path, labels: Sequence[str], columns: Columns) -> None:
         import pyarrow as pa
 
         self._path, self._columns = path, columns
@@ -109,8 +118,8 @@ class ParquetWriter:
     def _as_text(self, rows: list[dict[str, Any]]) -> pa.Table:
         import pyarrow as pa
 
-        values = {name: [_as_text(row.get(name)) for row in rows] for name in self._columns if name != REST}
-        if REST in self._columns:
+        values = {name: [_as_text(row.get(name)) for row in rows] for name in self._columns if name is not None}
+        if None in self._columns:
             rest = [{name: value for name, value in row.items() if name not in self._columns} for row in rows]
             values[REST] = [_as_text(beyond or None) for beyond in rest]
         return pa.table({name: pa.array(column, pa.string()) for name, column in values.items()})

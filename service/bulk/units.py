@@ -88,6 +88,10 @@ def _is_input(path: Path, folder: Path) -> bool:
 
 
 def _known(path: Path) -> InputFile:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise BulkError(f"{str(path)!a}: the file's name is not UTF-8: rename it") from None
     status = path.stat()
     return InputFile(path=str(path), bytes=status.st_size, changed_ns=status.st_mtime_ns)
 

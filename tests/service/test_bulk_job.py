@@ -244,6 +244,73 @@ def test_rows_keep_their_columns(
     assert "1 of 1 shards" in said
 
 
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_no_two_columns_become_one_however_often_answers_are_classified(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.csv").write_text("text,label,input_label,other_fields\na film,theirs,older,yes\n")
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert work([str(tmp_path / "a.csv"), str(first), "--format", form], monkeypatch) == 0
+    assert work([str(first / f"part-000000.{form}"), str(second), "--format", form], monkeypatch) == 0
+    (row,) = read_shards(second)
+    assert row["label"] == row["input_label"] == "positive"
+    assert (row["input_input_label"], row["input_input_input_label"]) == ("theirs", "older")
+    assert (row["other_fields"], row["input_model"]) == ("yes", row["model"])
+
+
+def test_what_is_no_column_of_a_parquet_shard_is_among_the_other_fields(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"text": "a film", "other_fields": {"a": 1}, "\ud800": 2}, {"text": "a film", "other_fields": 3}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert work([str(tmp_path / "a.jsonl"), str(tmp_path / "out"), "--format", "parquet"], monkeypatch) == 0
+    others = [json.loads(row["other_fields"]) for row in read_shards(tmp_path / "out")]
+    assert others == [{"other_fields": {"a": 1}, "\ud800": 2}, {"other_fields": 3}]
+
+
+@pytest.mark.parametrize("keep", [None, "id"])
+def test_a_parquet_file_without_rows_keeps_its_columns(
+    keep: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = pa.table({"id": pa.array([], pa.int16()), "text": pa.array([], pa.string()).dictionary_encode()})
+    pq.write_table(table, tmp_path / "a.parquet")
+    kept = [] if keep is None else ["--keep", keep]
+    assert work([str(tmp_path / "a.parquet"), str(tmp_path / "out"), *kept], monkeypatch) == 0
+    shard = pq.read_table(tmp_path / "out" / "part-000000.parquet")
+    assert shard.column_names[:-8] == (["id", "text"] if keep is None else ["id"])
+    assert shard.schema.field("id").type == pa.int16()
+
+
+def test_a_name_that_is_not_utf_8_is_said_to_be_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "a.csv"
+    file.write_bytes(b"id,te\xffxt\n1,a film\n")
+    assert work([str(file), str(tmp_path / "out"), "--column", "id"], monkeypatch) == 1
+    assert "a.csv: the name of the column 'te?xt' is not UTF-8" in capsys.readouterr().err
+    renamed = file.rename(tmp_path / "\udcff.csv")
+    assert work([str(renamed), str(tmp_path / "out")], monkeypatch) == 1
+    assert "\\udcff.csv': the file's name is not UTF-8: rename it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (["--column", "\udcff"], r"argument --column: '\udcff' is not UTF-8"),
+        (["--keep", "a,\udcff"], r"argument --keep: 'a,\udcff' is not UTF-8"),
+        (["--concurrency", "0"], "argument --concurrency: 0 is no whole number above 0"),
+        (["--shard-bytes", "1e6"], "argument --shard-bytes: 1e6 is no whole number above 0"),
+    ],
+)
+def test_a_wrong_option_says_what_would_be_right(
+    option: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["in", "out", *option])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
 def test_parquet_columns_keep_their_types(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = pa.table(
         {"id": pa.array([1, 2], pa.int16()), "when": pa.array([3, 4], pa.timestamp("ns")), "text": ["a", "b"]}

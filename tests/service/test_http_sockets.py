@@ -285,5 +285,7 @@ def test_a_taken_port_and_a_wrong_address_are_said_in_one_line() -> None:
     with pytest.raises(StartError, match=r"^cannot listen on 203\.0\.113\.7:0: "):
         reserve("203.0.113.7", 0)
     for unwritable in ("\u00e9..b", "\u00e9" * 80):
-        with pytest.raises(StartError, match=r"^cannot listen on \S+:0: a host's name has parts of 1 to 63 characters$"):
+        with pytest.raises(
+            StartError, match=r"^cannot listen on \S+:0: a host's name has parts of 1 to 63 characters$"
+        ):
             reserve(unwritable, 0)
