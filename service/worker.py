@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 REPORT_SECONDS = 0.5  # how often the supervisor hears that nothing has changed
 RETRY_SECONDS = 0.1
 LISTENERS = 16  # on one port: a turn of the event loop takes one connection from each, and probes wait in the same line
+REASON_CHARACTERS = 2_000  # of why it could not start: a line that the supervisor reads has an end
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 ORPHAN_SECONDS = 5.0  # after the drain, for a process whose supervisor is gone, before it is ended the hard way
 
@@ -76,7 +77,7 @@ def main() -> int:
         configure_logs(settings.log_level)
         return serve(settings, int(port), link, late=order == "late")
     except StartError as error:
-        link.say(f"failed {json.dumps(str(error))}")
+        link.say(f"failed {json.dumps(str(error)[:REASON_CHARACTERS])}")
         return 1
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from service.bundle import MANIFEST
 from service.errors import StartError
 from service.process_tree import CPU, ProcessTree, write_pids
 from service.sockets import listen, reserve
@@ -305,20 +306,36 @@ print("goes on")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_what_fails_after_the_start_is_tried_again(models_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "put_in", "said"),
+    [
+        ("tokenizer.json", b"", "tokenizer.json is damaged"),
+        (MANIFEST, b'"%s": 1, ' % (b"long" * 30_000), f"{MANIFEST}: longlong"),  # longer than a line may be
+    ],
+    ids=["damaged", "said at length"],
+)
+def test_what_fails_after_the_start_is_tried_again(
+    file: str, put_in: bytes, said: str, models_dir: Path, tmp_path: Path
+) -> None:
     models = shutil.copytree(models_dir, tmp_path / "models")
-    tokenizer = models / f"{tiny.DATASET}-recurrent" / "tokenizer.json"
-    content = tokenizer.read_bytes()
+    path = models / f"{tiny.DATASET}-recurrent" / file
+    content = path.read_bytes()
     with serving(tmp_path / "log", models_dir=models) as served:
-        tokenizer.write_bytes(content + b" ")
+        path.write_bytes(b"{" + put_in + b" " + content.removeprefix(b"{"))
         killed = served.workers()[0]
         killed.kill()
         killed.wait(SECONDS)
-        failed = f"{tokenizer} is damaged"
-        wait_until(lambda: sum(failed in str(line.get("reason")) for line in served.log_lines()) >= 1, SECONDS)
+        wait_until(lambda: served.process.poll() is not None or failures(served), SECONDS)
+        assert served.process.poll() is None
+        assert said in failures(served)[0]
         assert served.classify(TEXT)[0] == 200
-        tokenizer.write_bytes(content)
+        path.write_bytes(content)
         wait_until(lambda: whole(served), SECONDS)
+
+
+def failures(served: Process) -> list[str]:
+    """Why processes could not start."""
+    return [line["reason"] for line in served.log_lines() if line["event"] == "a process ended" and line["reason"]]
 
 
 def test_the_supervisor_stays_small() -> None:
