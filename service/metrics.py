@@ -14,6 +14,7 @@ from prometheus_client import (
     Gauge,
     GCCollector,
     Histogram,
+    Metric,
     PlatformCollector,
     ProcessCollector,
     disable_created_metrics,
@@ -21,6 +22,7 @@ from prometheus_client import (
     values,
 )
 from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
 from prometheus_client.values import MultiProcessValue
 
 from service.jobs import Drop, Exit
@@ -269,8 +271,27 @@ class ModelObserver:
         self._dropped[reason].inc(texts)
 
 
+class _AllProcesses(Collector):
+    """The values of all processes, but for those of one that begins just now: its file is made, and still empty."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def collect(self) -> Iterable[Metric]:
+        files = [str(file) for file in self._directory.glob("*.db") if _size(file)]
+        metrics: Iterable[Metric] = MultiProcessCollector.merge(files, accumulate=True)  # type: ignore[no-untyped-call]
+        return metrics
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:  # a dead process's, removed meanwhile
+        return 0
+
+
 def _over_processes(directory: Path) -> CollectorRegistry:
     registry = CollectorRegistry()
-    MultiProcessCollector(registry, str(directory))  # type: ignore[no-untyped-call]
+    registry.register(_AllProcesses(directory))
     registry.register(ProcessTree(directory))
     return registry

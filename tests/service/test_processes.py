@@ -114,6 +114,18 @@ def test_every_process_shows_the_totals_of_all(served: Process) -> None:
     assert value(served, "refrain_model_parameters", **loaded) == model["parameters"]
 
 
+def test_a_process_that_begins_just_now_spoils_no_scrape(served: Process) -> None:
+    before = answered(served)
+    fresh = served.metrics_directory() / "gauge_livesum_just-now.db"
+    fresh.touch()  # as the library leaves it for a moment, or for good where the process is killed in that moment
+    try:
+        status, exposition = served.ask("GET", "/metrics")
+    finally:
+        fresh.unlink()
+    assert status == 200, exposition
+    assert answered(served) == before
+
+
 def test_a_killed_process_takes_its_own_requests_along_and_is_replaced(served: Process) -> None:
     restarts = value(served, "refrain_process_restarts_total")
     counted = answered(served)
