@@ -106,11 +106,15 @@ class Settings(BaseSettings):
         description="Most tokens waiting for one model in one process; more get 429, or 413 if one request has more.",
     )
     max_queue_ms: int = Field(
-        default=1_000, ge=1, description="Longest that what waits for one model may take, as measured; more get 429."
+        default=1_000,
+        ge=1,
+        le=3_600_000,
+        description="Longest that what waits for one model may take, as measured; more get 429.",
     )
     brown_out_ms: int = Field(
         default=200,
         ge=0,
+        le=3_600_000,
         description="Work queued, in milliseconds, from which on requests that allow it get fewer iterations.",
     )
     max_inputs: int = Field(default=256, ge=1, description="Most texts in one request; more get 413.")
@@ -123,9 +127,12 @@ class Settings(BaseSettings):
     client_seconds: float = Field(
         default=10.0,
         gt=0,
+        le=3600,
         description="Time a client has to send a request's headers, and to take its answer; slower is cut off.",
     )
-    body_seconds: float = Field(default=10.0, gt=0, description="Time a client has to send its body; slower gets 408.")
+    body_seconds: float = Field(
+        default=10.0, gt=0, le=3600, description="Time a client has to send its body; slower gets 408."
+    )
     deadline_ms: int = Field(
         default=10_000,
         ge=1,
@@ -135,16 +142,19 @@ class Settings(BaseSettings):
     drain_delay_seconds: float = Field(
         default=0.0,
         ge=0,
+        le=3600,
         description="Time at shutdown in which /readyz is red and requests are still served, so that proxies see it.",
     )
     drain_seconds: float = Field(
         default=30.0,
         ge=0,
+        le=3600,
         description="Longest wait for accepted requests at shutdown; not below REFRAIN_DEADLINE_MS.",
     )
     stuck_seconds: float = Field(
         default=10.0,
         gt=0,
+        le=3600,
         description="A batch that takes longer turns /healthz red; its process, or one that hangs, is replaced.",
     )
     api_keys: Secrets = Field(default=(), description="Accepted API keys, comma-separated; empty: no key is asked for.")
@@ -228,9 +238,10 @@ def _allowed(field: FieldInfo) -> str:
         *others, last = get_args(field.annotation)
         return f"{', '.join(others)} or {last}"
     edges = {edge: getattr(one, edge) for one in field.metadata for edge in ("gt", "ge", "le") if hasattr(one, edge)}
-    if "le" in edges:
+    if edges.keys() >= {"ge", "le"}:
         return f"{edges['ge']} to {edges['le']}"
-    return f"{edges['ge']} or more" if "ge" in edges else f"above {edges['gt']}" if "gt" in edges else ""
+    least = f"{edges['ge']} or more" if "ge" in edges else f"above {edges['gt']}" if "gt" in edges else ""
+    return f"{least}, up to {edges['le']}" if "le" in edges else least
 
 
 def _is_unknown(name: str) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from service.errors import SettingsError
-from service.settings import PREFIX, Settings, available_cpus, describe_settings, load_settings
+from service.settings import PREFIX, Settings, available_cpus, describe_settings, described_settings, load_settings
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +71,13 @@ def test_a_number_must_be_a_number(monkeypatch: pytest.MonkeyPatch, value: str) 
         load_settings()
 
 
+@pytest.mark.parametrize("name", [one.name for one in described_settings() if one.name.endswith(("_MS", "_SECONDS"))])
+def test_a_wait_has_an_end(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "9" * 400 if name.endswith("_MS") else "1e300")
+    with pytest.raises(SettingsError, match=f"^{name}="):
+        load_settings()
+
+
 def test_a_list_that_the_queue_can_never_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REFRAIN_MAX_QUEUE", "10")
     with pytest.raises(SettingsError, match="REFRAIN_MAX_INPUTS=256 must not be above REFRAIN_MAX_QUEUE=10"):
@@ -119,7 +126,7 @@ def test_help_lists_every_setting() -> None:
         "REFRAIN_PORT (8000; 0 to 65535)",
         "REFRAIN_PROVIDER (auto; auto, cpu or cuda)",
         "REFRAIN_MAX_BODY_BYTES (1048576; 1024 or more)",
-        "REFRAIN_STUCK_SECONDS (10; above 0)",
+        "REFRAIN_STUCK_SECONDS (10; above 0, up to 3600)",
         "REFRAIN_PROCESSES (by the machine; 1 to 1024)",
         "REFRAIN_MAX_BATCH_TOKENS (by the machine; 1 or more)",
         "REFRAIN_API_KEYS (empty)",
