@@ -148,11 +148,11 @@ def quality_rows(task: str) -> list[str]:
 
 def test_experiments_are_those_that_the_command_wrote() -> None:
     found = experiment_figures("transfer", "100 %")
-    for name in ("data-size", "length"):
+    for name in ("data-size", "length", "yelp", "domain"):
         found |= experiment_figures(name)
     part = README[README.index("| trained on | tested on |") : README.index("An interrupted training goes on")]
     shown = [line.strip("| ").split(" | ", 2) for line in part.strip().splitlines()[2:]]
-    assert len(shown) == 7
+    assert len(shown) == 9
     for row, test, figures in shown:
         where = row.removeprefix("SST-2, "), test
         assert figures == f"{found[*where, 'baseline']} | {found[*where, 'recurrent']}"
