@@ -65,16 +65,14 @@ def load_bundles(settings: Settings) -> list[Bundle]:
             f"REFRAIN_ARCHITECTURES={','.join(unknown)}: {settings.models_dir} has only {', '.join(there)}"
         )
     wanted = [b for b in bundles if b.manifest.architecture in (settings.architectures or there)]
-    seen: dict[tuple[str, str], Bundle] = {}
-    for bundle in wanted:
-        other = seen.setdefault((bundle.manifest.task, bundle.manifest.architecture), bundle)
-        if other is not bundle:
-            raise BundleError(f"{other.path} and {bundle.path} are the same task and architecture: keep one of them")
+    decides: dict[tuple[str, str], Bundle] = {}
     named: dict[str, Bundle] = {}
     for bundle in wanted:
-        other = named.setdefault(bundle.manifest.name, bundle)
-        if other is not bundle:  # a path of the Open Inference Protocol would mean both
-            raise BundleError(f"{other.path} and {bundle.path} have the same name, {bundle.manifest.name}: rename one")
+        manifest = bundle.manifest
+        if (other := decides.setdefault((manifest.task, manifest.architecture), bundle)) is not bundle:
+            raise BundleError(f"{other.path} and {bundle.path} are the same task and architecture: keep one of them")
+        if (other := named.setdefault(manifest.name, bundle)) is not bundle:  # a path of the protocol would mean both
+            raise BundleError(f"{other.path} and {bundle.path} have the same name, {manifest.name}: rename one")
     return wanted
 
 
@@ -96,15 +94,13 @@ def load_model(bundle: Bundle, settings: Settings, metrics: Metrics, thread: Eng
     engine = make(bundle, settings)
     batch_tokens = settings.max_batch_tokens or BATCH_TOKENS[engine.provider]
     try:
-        _check_labels(engine, bundle)
         for length in WARM_UP_LENGTHS:
             _seconds_for(engine, bundle.manifest, 1, length)
         pace = _measure(engine, bundle.manifest, batch_tokens)
-    except BundleError:
-        raise
     except Exception as error:  # the runtime's exceptions share no base class of its own
         reason = f"{type(error).__name__}: {error}".replace("\n", " ")
         raise BundleError(f"{bundle.path}: its graphs do not run: {reason}") from error
+    _check_labels(engine, bundle)
     labels = bundle.manifest.architecture, bundle.manifest.task
     limits = Limits(
         batch_tokens=batch_tokens,
