@@ -2,7 +2,7 @@
 
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -66,13 +66,16 @@ REVIEWS = SENTIMENT_MIX[1:]
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n|<br />|\\n")
 """Also where a line ends: as a newline, and as the hub's imdb and yelp_polarity spell one."""
 FEWEST_WORDS, MOST_WORDS = 5, 30
+"""Of a sentence that is an example by itself."""
 REVIEW_SENTENCES = 130_000
+PASSAGE_WORDS = 45
+"""About 64 pieces, so that attention costs little and a teacher has much to say for each token."""
 DOMAINS: Mapping[str, str] = {
     "movies": "imdb",
     "local business": "yelp_polarity",
     "online shopping": "amazon_polarity",
 }
-NAMES = (*SOURCES, "sentiment", "sentences", "domain")
+NAMES = (*SOURCES, "sentiment", "sentences", "passages", "domain")
 
 
 @dataclass(frozen=True)
@@ -103,10 +106,10 @@ class Dataset:
 
 def origins(name: str) -> dict[str, Source]:
     """The public data sets that one is made of; none that we know for one's own."""
-    parts = {"sentiment": SENTIMENT_MIX, "sentences": SENTIMENT_MIX, "domain": tuple(DOMAINS.values())}
+    parts = dict.fromkeys(("sentiment", *PIECES), SENTIMENT_MIX) | {"domain": tuple(DOMAINS.values())}
     found = {part: SOURCES[part] for part in parts.get(name, (name,)) if part in SOURCES}
-    if name == "sentences":
-        found |= {part: replace(found[part], kind=f"sentences of {found[part].kind}") for part in REVIEWS}
+    if name in PIECES:
+        found |= {part: replace(found[part], kind=f"{name} of {found[part].kind}") for part in REVIEWS}
     return found
 
 
@@ -118,8 +121,8 @@ def load_dataset(name: str, data_dir: Path | None) -> Dataset:
     """
     if name == "sentiment":
         return _sentiment_mix(data_dir)
-    if name == "sentences":
-        return _sentences(data_dir)
+    if name in PIECES:
+        return _pieces(name, data_dir)
     if name == "domain":
         return _domain(data_dir)
     if name not in SOURCES and data_dir is None:
@@ -220,23 +223,47 @@ def _sentiment_mix(data_dir: Path | None) -> Dataset:
     )
 
 
-def _sentences(data_dir: Path | None) -> Dataset:
-    """Phrases, and single sentences labelled as the review they stand in: many say nothing, as a teacher can tell."""
+def _pieces(name: str, data_dir: Path | None) -> Dataset:
+    """Phrases, and pieces of reviews labelled as the review they stand in: many say nothing, as a teacher can tell."""
     phrases = load_dataset("sst2", data_dir)
-    parts = [load_dataset(name, data_dir) for name in REVIEWS]
-    label_of = dict(sentence for part in parts for sentence in _split_reviews(part.train))
+    parts = [load_dataset(part, data_dir) for part in REVIEWS]
+    cut, most = PIECES[name]
+    reviews = _join([part.train for part in parts])
+    label_of = {piece: label for text, label in zip(reviews.texts, reviews.labels, strict=True) for piece in cut(text)}
     for text in _held_out([phrases, *parts]):
         label_of.pop(text, None)
     found = Examples(list(label_of), list(label_of.values()))
-    drawn = found.pick(_shuffled(len(found))[:REVIEW_SENTENCES])
-    return replace(phrases, name="sentences", train=_join([phrases.train, drawn]), test=None)
+    drawn = found.pick(_shuffled(len(found))[:most])
+    return replace(phrases, name=name, train=_join([phrases.train, drawn]), test=None)
 
 
-def _split_reviews(reviews: Examples) -> Iterator[tuple[str, int]]:
-    for text, label in zip(reviews.texts, reviews.labels, strict=True):
-        for sentence in SENTENCE_END.split(text):
-            if FEWEST_WORDS <= len(sentence.split()) <= MOST_WORDS:
-                yield sentence.strip(), label
+def _sentences(review: str) -> Iterator[str]:
+    for sentence in SENTENCE_END.split(review):
+        if FEWEST_WORDS <= len(sentence.split()) <= MOST_WORDS:
+            yield sentence.strip()
+
+
+def _passages(review: str) -> Iterator[str]:
+    """All of a review: sentences that follow one another, as many as fit; one that is too long by itself is cut."""
+    words: list[str] = []
+    for sentence in SENTENCE_END.split(review):
+        more = sentence.split()
+        if words and len(words) + len(more) > PASSAGE_WORDS:
+            yield " ".join(words)
+            words = []
+        words += more
+        while len(words) > PASSAGE_WORDS:
+            yield " ".join(words[:PASSAGE_WORDS])
+            words = words[PASSAGE_WORDS:]
+    if words:
+        yield " ".join(words)
+
+
+PIECES: Mapping[str, tuple[Callable[[str], Iterator[str]], int | None]] = {
+    "sentences": (_sentences, REVIEW_SENTENCES),
+    "passages": (_passages, None),
+}
+"""How a review is cut, and how many of the pieces are drawn."""
 
 
 def _held_out(parts: Sequence[Dataset]) -> set[str]:

@@ -6,9 +6,20 @@ from typing import Any
 
 import datasets
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.training.easy import Records, easy_records, write_jsonl
-from training.data import DOMAINS, NEWSGROUPS, SENTIMENT_MIX, Dataset, load_dataset, origins
+from training.data import (
+    DOMAINS,
+    NEWSGROUPS,
+    PASSAGE_WORDS,
+    PIECES,
+    SENTIMENT_MIX,
+    Dataset,
+    load_dataset,
+    origins,
+)
 from training.errors import TrainingError
 
 
@@ -132,9 +143,9 @@ def reviews(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def drawn(data_dir: Path) -> dict[str, int]:
-    """The sentences of reviews and their labels."""
-    train = load_dataset("sentences", data_dir).train
+def drawn(data_dir: Path, name: str = "sentences") -> dict[str, int]:
+    """The pieces of reviews and their labels."""
+    train = load_dataset(name, data_dir).train
     return dict(zip(train.texts[10:], train.labels[10:], strict=True))
 
 
@@ -172,19 +183,34 @@ def test_no_sentence_is_a_held_out_text(reviews: Path) -> None:
 
 def test_no_more_sentences_are_drawn_than_wanted(reviews: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = list(drawn(reviews))
-    monkeypatch.setattr("training.data.REVIEW_SENTENCES", 9)
+    monkeypatch.setattr("training.data.PIECES", dict(PIECES) | {"sentences": (PIECES["sentences"][0], 9)})
     some = list(drawn(reviews))
     assert some == whole[:9]
     assert len({text.split()[2] for text in some}) > 1, "they are drawn from all"
 
 
-def test_a_card_can_say_where_sentences_are_from() -> None:
-    kinds = {name: one.kind for name, one in origins("sentences").items()}
+@given(st.lists(st.text("ab .!?\n", min_size=1), min_size=1, max_size=40).map(" ".join))
+def test_passages_are_all_of_a_review_and_none_is_longer_than_wanted(review: str) -> None:
+    passages = list(PIECES["passages"][0](review))
+    assert " ".join(passages).split() == review.split()
+    assert all(1 <= len(passage.split()) <= PASSAGE_WORDS for passage in passages)
+
+
+def test_a_passage_is_as_many_whole_sentences_as_fit(reviews: Path) -> None:
+    ends = (f"{'a ' * 19}b. ", f"{'c ' * 19}d! ", f"{'e ' * 49}f. g h? ")
+    write_jsonl(reviews / "imdb" / "train.jsonl", [{"text": "".join(ends), "label": row % 2} for row in range(4)])
+    found = {text for text in drawn(reviews, "passages") if not text.startswith("This is")}
+    assert found == {f"{'a ' * 19}b. {'c ' * 19}d!", ("e " * 45).strip(), "e e e e f. g h?"}
+
+
+@pytest.mark.parametrize("pieces", PIECES)
+def test_a_card_can_say_where_pieces_are_from(pieces: str) -> None:
+    kinds = {name: one.kind for name, one in origins(pieces).items()}
     assert kinds == {
         "sst2": "phrases and sentences of film reviews",
-        "imdb": "sentences of film reviews",
-        "yelp_polarity": "sentences of reviews of local businesses",
-        "amazon_polarity": "sentences of product reviews",
+        "imdb": f"{pieces} of film reviews",
+        "yelp_polarity": f"{pieces} of reviews of local businesses",
+        "amazon_polarity": f"{pieces} of product reviews",
     }
 
 
