@@ -198,7 +198,7 @@ def drive(
         "seed": options.seed,
     }
     allowed = options.warmup + lasts + GIVE_UP_SECONDS + _SLACK_SECONDS
-    with processes.watched(subject.pid) as watch, probes.asked(subject.url) as asked:
+    with processes.watched(subject.pid) as watch, probes.asked(subject.url, log.with_suffix(".idle")) as asked:
         (found,) = workers.run(CLIENT, [job], seconds=allowed, log=log)
     subject.peak = subject.peak.or_larger(watch.peak)
     recordings = [Recording(**one) for one in found.pop("recordings")]
@@ -213,9 +213,7 @@ def load_figures(seen: Seen, list_size: int) -> dict[str, float]:
         "service_cores": cpu / seen.seconds,
         "busiest_process_cores": max(seen.service_cpu_seconds, default=0.0) / seen.seconds,
         "generator_cores": generator.generator_cores,
-    }
-    if seen.probes.slowest is not None:
-        figures["slowest_probe_ms"] = seen.probes.slowest
+    } | seen.probes.slowest
     if seen.answered:
         rate = seen.answered / seen.seconds
         figures |= {"requests_per_second": rate, "texts_per_second": rate * list_size}

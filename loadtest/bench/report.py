@@ -1,7 +1,7 @@
 """What a run found out, as JSON and as Markdown: tables, and notes on what to beware of."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -68,7 +68,7 @@ def as_markdown(results: Results, options: BenchOptions, about: dict[str, str]) 
         f"{options.list_size} sorted by length, fixed depth. Bare: one text in one process. Load generator beside the "
         "service on the same cores; each connection sends its next request on the last answer, and every answer is "
         "checked against the raw runtime's. Probes: /healthz and /readyz in turn every 0.1 s, /metrics every 2 s, each "
-        "on a new connection.",
+        "on a new connection; an idle server beside is asked as often, since what it takes is the machine's own time.",
         *(
             f"## {mode}\n\n{table(summary, [cell for cell in summary.cells if cell.mode == mode])}"
             for mode in summary.modes
@@ -171,13 +171,15 @@ def overload_table(one: Overload) -> str:
         "turned away with 429": f"{one.turned_away / one.sent:.1%}" if one.sent else "-",
         "answered once the time was over": str(one.late),
         "ended in any other way, lost": f"{sum(one.unexpected.values())}, {one.lost}",
-        "p50 and p99 of answers, from when they were due, ms": " and ".join(
-            number(answered[name]) for name in ("p50_ms", "p99_ms") if name in answered
-        ),
+        "p50 and p99 of answers, from when they were due, ms": _both(answered, "p50_ms", "p99_ms"),
         "memory, late / early, PSS": f"{one.memory_growth:.3f}",
-        "slowest probe, ms": number(answered["slowest_probe_ms"]) if "slowest_probe_ms" in answered else "-",
+        "slowest probe of the service, of an idle server, ms": _both(answered, "slowest_probe_ms", "slowest_idle_ms"),
     }
     return grid([["", ""], *([name, value] for name, value in rows.items())])
+
+
+def _both(figures: Mapping[str, float], *names: str) -> str:
+    return " and ".join(number(figures[name]) for name in names if name in figures) or "-"
 
 
 def notes(results: Results) -> list[str]:

@@ -14,7 +14,7 @@ from loadtest.errors import LoadTestError
 
 START_SECONDS = 60.0
 """For a process to start and to prepare its job, on a busy machine."""
-_SOURCE = {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+SOURCE = {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
 
 
 def run(module: str, jobs: Sequence[Any], *, seconds: float, log: Path) -> list[Any]:
@@ -68,7 +68,7 @@ class _Worker:
 
 @contextmanager
 def _worker(module: str, log: Path) -> Iterator[_Worker]:
-    with target.child([sys.executable, "-m", module], log, _SOURCE, piped=True) as process:
+    with target.child([sys.executable, "-m", module], log, SOURCE, piped=True) as process:
         try:
             yield _Worker(process, module, log)
         finally:

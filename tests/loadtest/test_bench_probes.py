@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 from time import monotonic, sleep
 
@@ -33,10 +34,10 @@ def server(seconds: dict[str, float], codes: dict[str, int]) -> Iterator[str]:
             thread.join()
 
 
-def seen(url: str) -> probes.Probes:
+def seen(url: str, folder: Path) -> probes.Probes:
     """What was found until every path had been asked."""
     paths = {*probes.PATHS, probes.METRICS}
-    with probes.asked(url) as found:
+    with probes.asked(url, folder / "idle") as found:
         until = monotonic() + ENOUGH_SECONDS
         while {path for path, _ in found.milliseconds} < paths and monotonic() < until:
             sleep(0.01)
@@ -44,23 +45,30 @@ def seen(url: str) -> probes.Probes:
     return found
 
 
-def test_the_slowest_answer_is_the_one_that_took_longest() -> None:
+def test_the_slowest_answer_is_the_one_that_took_longest(tmp_path: Path) -> None:
     with server({"/readyz": 0.3}, {}) as url:
-        found = seen(url)
+        found = seen(url, tmp_path)
     assert max(found.milliseconds, key=lambda one: one[1])[0] == "/readyz"
-    assert found.slowest is not None
-    assert found.slowest >= 300
+    assert found.slowest["slowest_probe_ms"] >= 300
     assert not found.failures
 
 
-def test_an_answer_that_is_not_ok_is_a_failure() -> None:
+def test_an_idle_server_is_asked_as_often_and_does_not_wait_for_the_service(tmp_path: Path) -> None:
+    with server(dict.fromkeys((*probes.PATHS, probes.METRICS), 0.3), {}) as url:
+        found = seen(url, tmp_path)
+    assert len(found.idle) == len(found.milliseconds)
+    assert sum(found.idle) < sum(took for _, took in found.milliseconds)
+    assert probes.Probes().slowest == {}
+
+
+def test_an_answer_that_is_not_ok_is_a_failure(tmp_path: Path) -> None:
     with server({}, {"/healthz": 503}) as url:
-        found = seen(url)
+        found = seen(url, tmp_path)
     assert set(found.failures) == {"/healthz: HTTP 503"}
 
 
-def test_nobody_there_is_a_failure() -> None:
+def test_nobody_there_is_a_failure(tmp_path: Path) -> None:
     with server({}, {}) as url:
         pass
-    found = seen(url)
+    found = seen(url, tmp_path)
     assert sum(found.failures.values()) == len(found.milliseconds)
