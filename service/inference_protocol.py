@@ -44,6 +44,7 @@ async def server() -> ServerInfo:
     return ServerInfo(name="refrain", version=__version__, extensions=["binary_tensor_data"])
 
 
+@router.head("/health/live", include_in_schema=False)
 @router.get("/health/live", summary="Alive", responses=problems(503))
 async def live(request: Request) -> Live:
     """Answer 200 while every engine is alive, as /healthz does."""
@@ -51,6 +52,7 @@ async def live(request: Request) -> Live:
     return Live()
 
 
+@router.head("/health/ready", include_in_schema=False)
 @router.get("/health/ready", summary="Ready", responses=problems(503))
 async def ready(request: Request) -> Ready:
     """Answer 200 while requests are welcome, as /readyz does."""

@@ -18,10 +18,10 @@ def reserve(host: str, port: int) -> socket.socket:
         holder.bind((host, port))
     except OSError as error:
         holder.close()
-        raise StartError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+        raise _refused(host, port, str(error.strerror)) from None
     except TypeError:  # "encoding of hostname failed"
         holder.close()
-        raise StartError(f"cannot listen on {host}:{port}: a host's name has parts of 1 to 63 characters") from None
+        raise _refused(host, port, "a host's name has parts of 1 to 63 characters") from None
     # Only now: a port that is bound so from the start could be shared with another service, silently.
     holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
     holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -34,7 +34,11 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=_family(host), reuse_port=True)
     except OSError as error:
         reason = str(error.strerror).partition(" (while")[0]  # Python adds the address, which is said already
-        raise StartError(f"cannot listen on {host}:{port}: {reason}") from None
+        raise _refused(host, port, reason) from None
+
+
+def _refused(host: str, port: int, reason: str) -> StartError:
+    return StartError(f"REFRAIN_HOST, REFRAIN_PORT: cannot listen on {host}:{port}: {reason}")
 
 
 def _family(host: str) -> socket.AddressFamily:

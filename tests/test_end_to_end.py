@@ -190,4 +190,7 @@ def test_a_misspelt_setting_is_said(models_dir: Path) -> None:
 def test_a_taken_port_is_said(models_dir: Path, tmp_path: Path) -> None:
     with serving(tmp_path / "log", models_dir=models_dir) as served:
         said = fails_to_start(models_dir=models_dir, port=str(served.port))
-    assert said == f"refrain: cannot listen on 127.0.0.1:{served.port}: Address already in use\n"
+    assert (
+        said
+        == f"refrain: REFRAIN_HOST, REFRAIN_PORT: cannot listen on 127.0.0.1:{served.port}: Address already in use\n"
+    )

@@ -425,7 +425,11 @@ def test_a_body_is_asked_for_before_it_is_sent(served: Live) -> None:
         assert connection.recv(12) == b"HTTP/1.1 413"
 
 
-@pytest.mark.parametrize(("path", "ready"), [("/", True), ("/healthz", True), ("/readyz", True), ("/readyz", False)])
+@pytest.mark.parametrize(
+    ("path", "ready"),
+    [("/", True), ("/healthz", True), ("/readyz", True), ("/readyz", False), ("/v2/health/live", True),
+     ("/v2/health/ready", False)],
+)  # fmt: skip
 def test_probes_may_ask_for_the_head_alone(path: str, ready: bool) -> None:
     with live() as served:
         if not ready:

@@ -280,12 +280,15 @@ def test_a_drain_has_an_end() -> None:
 def test_a_taken_port_and_a_wrong_address_are_said_in_one_line() -> None:
     with reserve("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(StartError, match=f"^cannot listen on 127.0.0.1:{port}: Address already in use$"):
+        with pytest.raises(
+            StartError, match=f"^REFRAIN_HOST, REFRAIN_PORT: cannot listen on 127.0.0.1:{port}: Address already in use$"
+        ):
             reserve("127.0.0.1", port)
-    with pytest.raises(StartError, match=r"^cannot listen on 203\.0\.113\.7:0: "):
+    with pytest.raises(StartError, match=r"^REFRAIN_HOST, REFRAIN_PORT: cannot listen on 203\.0\.113\.7:0: "):
         reserve("203.0.113.7", 0)
     for unwritable in ("\u00e9..b", "\u00e9" * 80):
         with pytest.raises(
-            StartError, match=r"^cannot listen on \S+:0: a host's name has parts of 1 to 63 characters$"
+            StartError,
+            match=r"^REFRAIN_HOST, REFRAIN_PORT: cannot listen on \S+: a host's name has parts of 1 to 63 characters$",
         ):
             reserve(unwritable, 0)

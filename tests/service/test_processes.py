@@ -225,7 +225,7 @@ def test_a_process_takes_several_connections_at_once(served: Process) -> None:
 def test_a_port_that_others_share_is_still_taken() -> None:
     with reserve("127.0.0.1", 0) as held:
         port = held.getsockname()[1]
-        taken = f"^cannot listen on 127.0.0.1:{port}: Address already in use$"
+        taken = f"^REFRAIN_HOST, REFRAIN_PORT: cannot listen on 127.0.0.1:{port}: Address already in use$"
         with pytest.raises(StartError, match=taken):
             reserve("127.0.0.1", port)
         with listen("127.0.0.1", port), listen("127.0.0.1", port), pytest.raises(StartError, match=taken):
