@@ -188,6 +188,8 @@ class Batcher:
         if leader.pool is self._foreground:
             self._pace.saw(batch, [waiting for waiting, _ in done], ended)
         self._finish(done)
+        if any(isinstance(result, InferenceFailed) for _, result in done):
+            self._check_engine()
 
     def give_up(self) -> None:
         """Refuses everything from now on: the thread has died."""
@@ -229,6 +231,12 @@ class Batcher:
         for waiting, state in zip(batch, states, strict=True):
             waiting.hidden = state
         return [logits_C if np.isfinite(logits_C).all() else InferenceFailed() for logits_C in logits_BC]
+
+    def _check_engine(self) -> None:
+        """Raises where not only a text failed but the engine has: on the token that every warm-up begins with."""
+        _states, logits_BC = self._engine.step(self._engine.embed([[0]]))
+        if not np.isfinite(logits_BC).all():
+            raise ArithmeticError("the engine gives no numbers any more")
 
     def _judge_all(
         self, batch: Sequence[Waiting], outcomes: Sequence[FloatArray | InferenceFailed], now: float

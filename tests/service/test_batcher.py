@@ -385,6 +385,26 @@ def test_logits_that_are_no_numbers_are_a_failure_of_their_text_alone(wrong: flo
         assert isinstance(bad, InferenceFailed)
 
 
+class Raises(FakeEngine):
+    def step(self, hidden: Sequence[FloatArray]) -> tuple[list[FloatArray], FloatArray]:
+        raise RuntimeError("out of memory")
+
+
+class SaysNothing(FakeEngine):
+    def logits(self, state_LD: FloatArray) -> list[float]:
+        return [np.nan, np.nan]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # dying is what is tested
+@pytest.mark.parametrize("engine", [Raises, SaysNothing])
+def test_an_engine_that_fails_for_any_text_ends_its_thread(engine: type[FakeEngine]) -> None:
+    with running(engine()) as setup:
+        assert {type(result) for result in results(setup.submit(text(1), text(2)))} == {InferenceFailed}
+        wait_until(lambda: not setup.thread.alive())
+        with pytest.raises(EngineDown):
+            setup.submit(text(1))
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # dying is what is tested
 def test_when_the_thread_dies_everybody_hears_it_and_health_turns_red() -> None:
     with running() as setup:
