@@ -1,4 +1,4 @@
-"""An engine whose hidden states stay on the device: between two iterations nothing but logits crosses the bus."""
+"""An engine whose hidden states stay on the device between the iterations of texts that go on together."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class BenchOptions:
     """Seconds of open arrivals of single texts, at twice the capacity measured just before, for the first of --modes;
     0 leaves it out."""
     exit_threshold: float | None = None
-    """Of early-exit; what the bundle says unless given, 0.9 where it says nothing."""
+    """Of early-exit; what the bundle says unless given."""
 
     texts: Path | None = None
     """One text a line, or JSON Lines with "text" and perhaps "label" where the name ends in .jsonl; also .gz. Composed

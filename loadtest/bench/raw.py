@@ -35,7 +35,7 @@ class RawModel:
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
         self._max_tokens = manifest["max_tokens"]
-        self._temperatures = manifest.get("calibration", {}).get("temperatures", [1.0])
+        self._temperatures = manifest["calibration"]["temperatures"]
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids[: self._max_tokens] for encoding in self._tokenizer.encode_batch_fast(list(texts))]

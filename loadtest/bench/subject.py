@@ -15,7 +15,6 @@ from loadtest.texts import Sample
 
 RAW = "loadtest.bench.raw"
 ARCHITECTURE: Mapping[ModeName, str] = {"recurrent": "recurrent", "early-exit": "recurrent", "baseline": "baseline"}
-DEFAULT_THRESHOLD = 0.9
 LONG_TEXTS = 200
 """Of a file with more, the first."""
 _ANSWER_SECONDS = 300.0
@@ -68,8 +67,6 @@ class Model:
     @property
     def exit_threshold(self) -> float:
         """The bundle's default; 1 where it says that no text should leave early."""
-        if "calibration" not in self.manifest:
-            return DEFAULT_THRESHOLD
         return float(self.manifest["calibration"]["exit_threshold"] or 1)
 
 
