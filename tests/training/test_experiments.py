@@ -168,8 +168,10 @@ def test_cells_that_train_the_same_share_a_run_and_others_do_not() -> None:
         for cell in experiment.cells:
             options = train_config(config, cell, 13)
             assert by_run.setdefault(options.output_dir, options) == options
-    assert len(by_run) == 6 + 4 + 2 + 2 + 1  # data-size, length, yelp, domain, and the wider one of precision
-    assert {options.width for options in by_run.values()} == {None, 384}
+    # data-size, length, yelp, domain, the wider one of precision, and two of recurrence
+    assert len(by_run) == 6 + 4 + 2 + 2 + 1 + 2
+    assert {options.width for options in by_run.values()} == {None, 384, 256}
+    assert {options.recurrent_depth for options in by_run.values()} == {1, 2}
 
 
 def result(model: str, seed: int, accuracy: float, published: float | None = None) -> Result:

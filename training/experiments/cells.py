@@ -152,4 +152,17 @@ EXPERIMENTS: Mapping[Name, Experiment] = {
         ),
         by_precision=True,
     ),
+    "recurrence": Experiment(
+        "Recurrence: what running the layers again brings, and what sharing their weights costs",
+        (
+            "`recurrent` runs three layers of width 256 twice. `recurrent, once` is as large and does half the work; "
+            "`baseline 256` does as much work, in six such layers with weights of their own.",
+            LEAK,
+        ),
+        (
+            *_both("", "pooled-sst2", 4, _AT_BOTH),
+            Cell("", "recurrent, once", "pooled-sst2", 4, _AT_BOTH, options={"recurrent_depth": 1}),
+            Cell("", "baseline 256", "pooled-sst2", 4, _AT_BOTH, options={"width": 256, "heads": 4}),
+        ),
+    ),
 }

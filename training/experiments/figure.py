@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from training.errors import TrainingError
 from training.experiments.gather import Result
 
-_COLOURS = ("#999999", "#0072b2", "#56b4e9")  # told apart by colour-blind readers too
+_COLOURS = ("#999999", "#0072b2", "#56b4e9", "#d55e00")  # told apart by colour-blind readers too
 
 
 def draw(title: str, results: Sequence[Result], path: Path) -> None:

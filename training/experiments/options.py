@@ -10,12 +10,13 @@ import tyro
 from training.config import check_seed
 from training.errors import TrainingError
 
-Name = Literal["data-size", "length", "yelp", "transfer", "domain", "precision"]
+Name = Literal["data-size", "length", "yelp", "transfer", "domain", "precision", "recurrence"]
 
 
 @dataclass(frozen=True)
 class ExperimentsConfig:
-    """Repeats a published experiment with both architectures over several seeds, and writes table, figure and JSON.
+    """Repeats a published experiment with both architectures over several seeds, and writes table, figure and JSON;
+    `recurrence` is one of our own.
 
     Interrupted, the same command goes on where it was; cells that several experiments share are trained once.
     """

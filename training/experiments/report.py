@@ -102,7 +102,7 @@ def _differences_table(results: Sequence[Result]) -> str:
     accuracy = {(one.row, one.test, one.model, one.seed): one.last["accuracy"] for one in results}
     lines = []
     for (row, test, model), several in groups(results).items():
-        if model == "baseline" or (row, test, "baseline", several[0].seed) not in accuracy:
+        if model.startswith("baseline") or (row, test, "baseline", several[0].seed) not in accuracy:
             continue
         ours = [100 * (one.last["accuracy"] - accuracy[row, test, "baseline", one.seed]) for one in several]
         published = groups(results)[row, test, "baseline"][0].published
