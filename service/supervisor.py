@@ -7,10 +7,11 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
@@ -25,6 +26,7 @@ TICK_SECONDS = 1.0
 START_TICKS = 120  # until a process first says something; one that replaces another loads its models before
 LEAST_SILENT_TICKS = 3
 KILL_SECONDS = 8.0  # after the drain, before a process that did not end is killed
+GONE_SECONDS = 0.01  # between two looks whether a process is gone whose line has ended
 YOUNG_SECONDS = 10.0
 LONGEST_PAUSE_SECONDS = 30.0
 
@@ -34,10 +36,9 @@ class Worker:
     """One process, and the line on which it says its phase: nothing yet, starting, ready or draining."""
 
     slot: int
-    process: asyncio.subprocess.Process
+    process: subprocess.Popen[bytes]
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
-    began: float = field(default_factory=lambda: asyncio.get_running_loop().time())
     phase: str | None = None
     failure: str | None = None
 
@@ -58,7 +59,7 @@ class Supervisor:
         self._log = structlog.get_logger()
 
     async def run(self) -> None:
-        """Serve until a signal; raises StartError when a process cannot start, before each was ready once."""
+        """Serve until a signal; raises StartError when a process cannot start in a slot where none was ready yet."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop)
@@ -79,7 +80,7 @@ class Supervisor:
             self._stopping.set()
             self._drain_begins = loop.time() + self._settings.drain_delay_seconds
             for worker in self._workers.values():
-                _send(worker, signal.SIGTERM)
+                worker.process.terminate()
             loop.call_at(self._drain_begins + self._settings.drain_seconds + KILL_SECONDS, self._kill_all)
         elif loop.time() < self._drain_begins:
             self._drain_begins = loop.time()
@@ -93,37 +94,57 @@ class Supervisor:
 
     async def _keep(self, slot: int) -> None:
         """One process after another, until it is time to stop."""
-        deaths = 0
+        loop = asyncio.get_running_loop()
+        early = 0  # ends in a row that came soon; a process that cannot be started has ended at once
         while not self._stopping.is_set():
-            worker = await self._start(slot)
-            await self._watch(worker)
-            status = worker.process.returncode
-            self._forget(worker)
-            if self._stopping.is_set() or self._fails_the_start(worker):
+            began = loop.time()
+            event, facts = await self._one(slot)
+            if self._stopping.is_set():
                 return
-            lived = asyncio.get_running_loop().time() - worker.began
-            deaths = deaths + 1 if lived < YOUNG_SECONDS else 0
-            pause = pause_after(deaths)
-            pid, reason = worker.process.pid, worker.failure
-            self._log.error("a process ended", slot=slot, pid=pid, status=status, reason=reason, next_in_seconds=pause)
-            self._metrics.restarts.inc()
+            early = early + 1 if loop.time() - began < YOUNG_SECONDS else 0
+            pause = pause_after(early)
+            self._log.error(event, slot=slot, **facts, next_in_seconds=pause)
             with suppress(TimeoutError):
                 async with asyncio.timeout(pause):
                     await self._stopping.wait()
 
+    async def _one(self, slot: int) -> tuple[str, dict[str, object]]:
+        """One process from its start to its end; the answer is what there is to log of that."""
+        try:
+            worker = await self._start(slot)
+        except OSError as error:
+            self._check_start(slot, f"a process cannot be started: {error}")
+            return "a process cannot be started", {"reason": str(error)}
+        await self._watch(worker)
+        self._forget(worker)
+        pid, status = worker.process.pid, worker.process.returncode
+        if status > 0:  # by itself
+            silent = f"a process ended with status {status} while it started; it said why above"
+            self._check_start(slot, worker.failure or silent)
+        if not self._stopping.is_set():
+            self._metrics.restarts.inc()
+        return "a process ended", {"pid": pid, "status": status, "reason": worker.failure}
+
     async def _start(self, slot: int) -> Worker:
+        """Start a process; raises OSError where the machine has none to give, or no line to it."""
         ours, theirs = socket.socketpair()
         with theirs:
+            reader, writer = await asyncio.open_connection(sock=ours)
+            # From here on nothing is awaited: what is said before, the order has, and what is said later, the line.
             order = "late" if self._all_were_ready else "first"
             arguments = [slot, self._port, theirs.fileno(), order]
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "service.worker", *map(str, arguments)), pass_fds=[theirs.fileno()]
-            )
-        worker = Worker(slot, process, *await asyncio.open_connection(sock=ours))
+            try:  # not asyncio's: that also takes a thread, and without one leaves a process that nobody knows of
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "service.worker", *map(str, arguments)], pass_fds=[theirs.fileno()]
+                )
+            except OSError:
+                writer.close()
+                raise
+        worker = Worker(slot, process, reader, writer)
         self._workers[slot] = worker
         self._count()
         if self._stopping.is_set():
-            _send(worker, signal.SIGTERM)
+            process.terminate()
         return worker
 
     async def _watch(self, worker: Worker) -> None:
@@ -144,14 +165,14 @@ class Supervisor:
             self._hear(worker, line.decode().strip())
         else:
             self._log.error("a process stands still", slot=worker.slot, pid=worker.process.pid)
-            _send(worker, signal.SIGKILL)
+            worker.process.kill()
         worker.writer.close()
         try:
             async with asyncio.timeout(KILL_SECONDS):
-                await worker.process.wait()
+                await _gone(worker.process)
         except TimeoutError:
-            _send(worker, signal.SIGKILL)
-            await worker.process.wait()
+            worker.process.kill()
+            await _gone(worker.process)
 
     def _patience(self, worker: Worker) -> float:
         return START_TICKS if worker.phase is None else max(self._settings.stuck_seconds, LEAST_SILENT_TICKS)
@@ -180,15 +201,11 @@ class Supervisor:
     def _all_were_ready(self) -> bool:
         return len(self._were_ready) == self._settings.processes
 
-    def _fails_the_start(self, worker: Worker) -> bool:
-        """Whether a process that ended by itself means that none can start; then the others are told to end."""
-        status = worker.process.returncode or 0
-        if worker.slot in self._were_ready or status <= 0:
-            return False
-        reason = worker.failure or f"a process ended with status {status} while it started; it said why above"
-        self._failure = StartError(reason)
-        self.stop()
-        return True
+    def _check_start(self, slot: int, reason: str) -> None:
+        """End the service where what has failed in a slot never went well there: then none can start."""
+        if slot not in self._were_ready and not self._stopping.is_set():
+            self._failure = StartError(reason)
+            self.stop()
 
     def _forget(self, worker: Worker) -> None:
         del self._workers[worker.slot]
@@ -196,8 +213,12 @@ class Supervisor:
         self._count()
 
     def _count(self) -> None:
-        write_pids(self._directory, [os.getpid(), *(worker.process.pid for worker in self._workers.values())])
+        """Bring the metrics up to date; what cannot be written now is at the next change, and nobody ends for it."""
         self._metrics.processes.set(sum(worker.phase == "ready" for worker in self._workers.values()))
+        try:
+            write_pids(self._directory, [os.getpid(), *(worker.process.pid for worker in self._workers.values())])
+        except OSError as error:
+            self._log.error("metrics of processes are out of date until one changes again", reason=str(error))
 
     def _tell(self, order: str, workers: Sequence[Worker]) -> None:
         for worker in workers:
@@ -205,7 +226,7 @@ class Supervisor:
 
     def _kill_all(self) -> None:
         for worker in self._workers.values():
-            _send(worker, signal.SIGKILL)
+            worker.process.kill()
 
 
 def pause_after(deaths: int) -> float:
@@ -213,6 +234,7 @@ def pause_after(deaths: int) -> float:
     return min(LONGEST_PAUSE_SECONDS, 0.5 * 2.0 ** (deaths - 1)) if deaths else 0.0
 
 
-def _send(worker: Worker, number: signal.Signals) -> None:
-    with suppress(ProcessLookupError):
-        worker.process.send_signal(number)
+async def _gone(process: subprocess.Popen[bytes]) -> None:
+    """Wait for the end of a process whose line has ended, which is moments before."""
+    while process.poll() is None:
+        await asyncio.sleep(GONE_SECONDS)
