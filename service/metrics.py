@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -37,6 +37,7 @@ TEXTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 ITERATIONS = (1, 2, 3, 4, 6, 8, 12, 16)
 DIFFERENCES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 MODEL = ("architecture", "task")
+Reload = Literal["taken", "unchanged", "refused"]
 DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's own name for where processes put their values
 
 
@@ -219,6 +220,16 @@ class ModelMetrics:
             multiprocess_mode="livemax",
             registry=registry,
         )
+        # Alerts on a refusal: a signal has no answer, and one process may refuse what another has taken.
+        self.reloads = Counter(
+            "refrain_reloads", "Reloads, counted by each process, by their outcome.", ("outcome",), registry=registry
+        )
+        for outcome in get_args(Reload):
+            self.reloads.labels(outcome)  # 0 from the start, or the first would be no increase
+
+    def reloaded(self, outcome: Reload) -> None:
+        """Count a reload."""
+        self.reloads.labels(outcome).inc()
 
     def loaded(self, model: Model) -> None:
         """Show what is loaded."""

@@ -129,11 +129,13 @@ class Runtime:
             try:
                 after = self._load(self._find())
             except StartError as error:
+                self.metrics.models.reloaded("refused")
                 structlog.get_logger().error("reload failed", reason=str(error))
                 raise ReloadFailed(str(error)) from error
             changed = changes(self.serving, after)
             same = (self.serving.routing, self.serving.default_task) == (after.routing, after.default_task)
             self._take_over(after)
+        self.metrics.models.reloaded("taken" if changed.loaded or changed.removed else "unchanged")
         log = structlog.get_logger()
         log.info("reloaded", **asdict(changed))
         if not same:

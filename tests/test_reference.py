@@ -13,7 +13,7 @@ from service.errors import RefrainError, Unavailable
 from service.front import OPEN_PATHS
 from service.jobs import Drop, Exit
 from service.logs import Call
-from service.metrics import Metrics, SupervisorMetrics
+from service.metrics import Metrics, Reload, SupervisorMetrics
 from service.schemas import Timings
 from service.settings import described_settings
 from service.shadow import Verdict
@@ -26,6 +26,7 @@ VALUES = {
     "refrain_exits_total": get_args(Exit),
     "refrain_dropped_texts_total": get_args(Drop),
     "refrain_shadow_total": get_args(Verdict),
+    "refrain_reloads_total": get_args(Reload),
 }
 
 

@@ -13,7 +13,7 @@ from prometheus_client.metrics import MetricWrapperBase
 from service.errors import RefrainError
 from service.front import REJECTIONS
 from service.jobs import Exit
-from service.metrics import SECONDS, Metrics, SupervisorMetrics
+from service.metrics import SECONDS, Metrics, Reload, SupervisorMetrics
 from service.process_tree import ProcessTree, write_pids
 from service.schemas import Timings
 from service.shadow import Verdict
@@ -35,6 +35,7 @@ VALUES: Mapping[tuple[str, str], Iterable[str]] = {
     ("refrain_rejected_total", "reason"): [error.code for error in _errors() if error.status in REJECTIONS],
     ("refrain_exits_total", "reason"): get_args(Exit),
     ("refrain_shadow_total", "result"): get_args(Verdict),
+    ("refrain_reloads_total", "outcome"): get_args(Reload),
     ("refrain_stage_duration_seconds_bucket", "stage"): Timings.model_fields,
     ("refrain_stage_duration_seconds_count", "stage"): Timings.model_fields,
     ("refrain_stage_duration_seconds_sum", "stage"): Timings.model_fields,

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import httpx2
 import pytest
@@ -25,6 +25,7 @@ from service.errors import BundleError, Draining
 from service.jobs import Answer, Text
 from service.loading import Model
 from service.manifest import Manifest, content_version
+from service.metrics import Reload
 from service.runtime import Runtime
 from service.settings import Settings
 from tests import tiny
@@ -32,6 +33,7 @@ from tests.service.fakes import CLASS_TOKEN, FakeEngine, fake_bundle, wait_until
 from tests.serving import Process, serving
 
 KEY = {"X-API-Key": "key"}
+RELOADS = "refrain_reloads_total"
 
 
 def bundle(architecture: str = "recurrent", task: str = "sentiment", **changed: Any) -> Bundle:
@@ -78,6 +80,11 @@ class Shelf:
         return self.runtime.metrics.registry.get_sample_value(name, labels)
 
 
+def outcomes(shelf: Shelf) -> dict[str, float | None]:
+    """How often reloads ended in which way."""
+    return {outcome: shelf.sample(RELOADS, outcome=outcome) for outcome in get_args(Reload)}
+
+
 def classify(client: TestClient, **fields: Any) -> httpx2.Response:
     return client.post("/classify", json={"inputs": "a film", **fields})
 
@@ -105,6 +112,7 @@ def test_what_is_unchanged_keeps_its_engine() -> None:
         assert answer.json() == {"loaded": [], "kept": kept, "removed": []}
         assert len(shelf.engines) == 2
         assert shelf.others_told == 1
+        assert outcomes(shelf) == {"taken": 0, "unchanged": 1, "refused": 0}
 
 
 def test_a_new_version_takes_over_and_the_old_one_finishes_what_it_began() -> None:
@@ -201,6 +209,9 @@ def test_models_come_and_go() -> None:
         assert classify(client, task="domain").status_code == 200
         schema = client.get("/openapi.json").json()["components"]["schemas"]["ClassifyRequest"]
         assert schema["properties"]["task"]["examples"] == ["domain", "sentiment"]
+        shelf.bundles[:] = [bundle()]
+        assert client.post("/reload").json()["removed"] == ["domain-baseline@0123456789ab"]
+        assert outcomes(shelf) == {"taken": 2, "unchanged": 0, "refused": 0}
 
 
 def test_a_changed_word_of_the_manifest_is_noticed() -> None:
@@ -231,6 +242,7 @@ def test_what_is_bad_changes_nothing_and_is_said(found: list[Bundle], why: str) 
         assert answering(client) == "sentiment-recurrent@0123456789ab"
         assert client.get("/healthz").status_code == 200
         assert shelf.others_told == 0
+        assert outcomes(shelf) == {"taken": 0, "unchanged": 0, "refused": 1}
 
 
 @pytest.mark.parametrize(
@@ -328,5 +340,7 @@ def test_all_processes_follow_a_signal_and_a_call(models: Path, tmp_path: Path) 
         failures = lambda: [line for line in served.log_lines() if line["event"] == "reload failed"]  # noqa: E731
         wait_until(lambda: len(failures()) == 2, 60)
         assert all("labels" in line["reason"] for line in failures())
+        reloads = {next(iter(labels))[1]: n for (name, labels), n in served.metrics().items() if name == RELOADS}
+        assert reloads == {"taken": 4, "unchanged": 0, "refused": 2}
         assert labels(served) == {"never", "always"}
         assert served.process.poll() is None
