@@ -10,11 +10,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from loadtest import machine
 from loadtest.figures import CURVE
 from loadtest.options import Load, Options
 from loadtest.rounds import Measured, Round, Subject, subjects
 from loadtest.summary import MEMORY, Summary, find, summarise
-from loadtest.tables import Spread, machine, number
+from loadtest.tables import Spread, number
 
 COLOURS: dict[str, str] = {"recurrent": "#0072b2", "baseline": "#e69f00", "both": "#009e73"}
 """Told apart by colour-blind readers too."""
@@ -44,7 +45,7 @@ def draw(rounds: Sequence[Round], options: Options) -> bytes:
     figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
     plural = "s" if options.rounds > 1 else ""
     figure.suptitle(
-        f"Recurrent and baseline under load: task {options.task}, {options.rounds} round{plural}, {machine()}"
+        f"Recurrent and baseline under load: task {options.task}, {options.rounds} round{plural}, {machine.short()}"
     )
     written = io.BytesIO()
     figure.savefig(written, format="png", dpi=120)

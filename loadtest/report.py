@@ -9,12 +9,13 @@ from pathlib import Path
 
 from markdown_it import MarkdownIt
 
+from loadtest import machine
 from loadtest.figures import CURVE
 from loadtest.options import ARCHITECTURES, Load, Options
 from loadtest.rounds import Measured, Round
 from loadtest.steps import GENERATOR_CORES, PRECISION, TRIES, limiting
 from loadtest.summary import MEMORY, Summary, as_json, find, part_of_both, summarise
-from loadtest.tables import Spread, grid, machine, number, shown
+from loadtest.tables import Spread, grid, number, shown
 from loadtest.verdict import Verdict, verdict
 
 TITLE = "Load test: recurrent and baseline"
@@ -161,7 +162,7 @@ def conditions(options: Options) -> str:
     own = "One running service" if options.host else "Services on the load generator's machine, warm"
     left = "each model's own" if options.exit_threshold is None else f"{options.exit_threshold:g}"
     rounds = "1 round" if options.rounds == 1 else f"{options.rounds} rounds, alternating"
-    here = f"Load generator on {machine()}" if options.host else machine()
+    here = f"Load generator on {machine.short()}" if options.host else machine.in_words(machine.describe())
     return f"Task {options.task}; {sent}; exit threshold: {left}. {own}; {rounds}. {here}."
 
 
@@ -206,7 +207,7 @@ def as_content(rounds: Sequence[Round], options: Options) -> str:
     summary = summarise(rounds)
     content = {
         "command": options.command(),
-        "machine": machine(),
+        "machine": machine.describe(),
         "service_level_ms": options.service_level_ms,
         "loads": [asdict(load) for load in options.loads()],
         "verdict": verdict(summary, options),

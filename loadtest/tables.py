@@ -1,7 +1,5 @@
 """What both reports show alike: medians with their spread, numbers without noise, tables, the machine."""
 
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -40,7 +38,3 @@ def grid(lines: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     ruled = [lines[0], ["-" * width for width in widths], *lines[1:]]
     return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in ruled)
-
-
-def machine() -> str:
-    return f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}, Python {platform.python_version()}"

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from loadtest.bench import machine
+from loadtest import machine
 from loadtest.bench.cells import Cell
 from loadtest.bench.options import BenchOptions
 from loadtest.bench.overload import Overload
@@ -63,7 +63,7 @@ def as_markdown(results: Results, options: BenchOptions, about: dict[str, str]) 
     parts = [
         "# Benchmark: the service and the raw runtime",
         f"Rounds: {options.rounds}, {options.seconds:g} s for each cell, in another order each. {results.texts}. "
-        f"{models}. {'; '.join(f'{name} {value}' for name, value in about.items())}.",
+        f"{models}. {machine.in_words(about)}.",
         f"Raw: ONNX Runtime alone, {options.raw_processes} processes with one thread each, batches of "
         f"{options.list_size} sorted by length, fixed depth. Bare: one text in one process. Load generator beside the "
         "service on the same cores; each connection sends its next request on the last answer, and every answer is "

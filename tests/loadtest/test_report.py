@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from loadtest import figure, report
+from loadtest import figure, machine, report
 from loadtest.options import Options
 from loadtest.rounds import Measured, Round, Subject
 from loadtest.steps import Step
 from loadtest.summary import as_json, from_json, summarise
-from loadtest.tables import machine, number
+from loadtest.tables import number
 
 MODEL = {"architecture": "recurrent", "version": "abc", "precision": "int8", "provider": "cpu"}
 OPTIONS = Options(rounds=3)
@@ -86,8 +86,8 @@ def test_sound_rounds_need_no_note() -> None:
 
 
 def test_the_machine_is_said_to_be_the_load_generators_where_the_service_is_elsewhere() -> None:
-    assert f"alternating. {machine()}." in report.conditions(OPTIONS)
-    assert f"Load generator on {machine()}." in report.conditions(replace(OPTIONS, host="http://127.0.0.1:1"))
+    assert f"alternating. {machine.in_words(machine.describe())}." in report.conditions(OPTIONS)
+    assert f"Load generator on {machine.short()}." in report.conditions(replace(OPTIONS, host="http://127.0.0.1:1"))
 
 
 def test_failures_and_a_bad_end_are_noted_first() -> None:

@@ -1,22 +1,29 @@
-"""On what a benchmark ran: what a reader needs to know before comparing its figures with others."""
+"""On what was measured: what a reader needs to know before comparing the figures with others."""
 
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
 
-from loadtest import tables
-
 _PACKAGES = ("onnxruntime", "onnxruntime-gpu", "tokenizers", "numpy", "uvicorn", "uvloop", "httptools", "fastapi")
+
+
+def short() -> str:
+    return f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}, Python {platform.python_version()}"
+
+
+def in_words(about: Mapping[str, str]) -> str:
+    return "; ".join(f"{name} {value}" for name, value in about.items())
 
 
 def describe() -> dict[str, str]:
     """Cores, CPU, memory, versions and commit; what is not known is left out."""
     memory = f"{psutil.virtual_memory().total / 2**30:.0f} GiB"
-    found = {"machine": tables.machine(), "usable cores": str(len(os.sched_getaffinity(0))), "memory": memory}
+    found = {"machine": short(), "usable cores": str(len(os.sched_getaffinity(0))), "memory": memory}
     found |= {"CPU": _cpu(), "kernel": platform.release(), "commit": _commit()}
     return {name: value for name, value in found.items() if value} | _versions()
 
