@@ -12,31 +12,60 @@ from service.manifest import Manifest
 from service.schemas import Options, Result
 
 CHARACTERS = 4  # of a token, in English
+READ_AT_FIRST, READ_NEXT = 2 * CHARACTERS, 16 * CHARACTERS
+"""Of a text, so many characters are read for each token that the model takes; where these will not do, all are."""
+OPEN_WORDS = 2
+"""So many words at the end of a beginning may be others in the whole: the last two of "it'l" are one of "it'll"."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One text as it will run; `whole` is how many tokens it has before it is cut."""
+    """One text as it will run, and whether it was cut to fit the model."""
 
     ids: list[int]
-    whole: int
-
-    @property
-    def truncated(self) -> bool:
-        """Whether it was cut to fit the model."""
-        return len(self.ids) < self.whole
+    truncated: bool
 
     @property
     def is_empty(self) -> bool:
         """Whether nothing but the class token is left of it."""
-        return self.whole <= 1
+        return len(self.ids) <= 1 and not self.truncated
 
 
 def encode(bundle: Bundle, texts: Sequence[str]) -> list[Encoded]:
     """Turn texts into ids, cut to what the model takes. The class token comes first, so cutting the end keeps it."""
+    return [encode_beginning(bundle, text) or encode_further(bundle, text) for text in texts]
+
+
+def encode_beginning(bundle: Bundle, text: str) -> Encoded | None:
+    """Encode a text if little of it need be read for that, as of most, however long: what the model drops is not."""
+    return _encode(bundle, text, READ_AT_FIRST * bundle.manifest.max_tokens)
+
+
+def encode_further(bundle: Bundle, text: str) -> Encoded:
+    """Encode a text of which more must be read, since its words are long or few; a megabyte may take a second."""
+    return _encode(bundle, text, READ_NEXT * bundle.manifest.max_tokens) or _encode_whole(bundle, text)
+
+
+def _encode(bundle: Bundle, text: str, characters: int) -> Encoded | None:
+    """Encode a text by its first characters; None where the rest could change what the model takes of it.
+
+    What follows a beginning can change its last words only, and a word, to the tokenizer, is what it splits no further
+    by rule: a run of letters, a sign.
+    """
     limit = bundle.manifest.max_tokens
-    encodings = (encoding.ids for encoding in bundle.tokenizer.encode_batch_fast(texts))
-    return [Encoded(ids[:limit], len(ids)) for ids in encodings]
+    if len(text) <= characters:
+        return _encode_whole(bundle, text)
+    begun = bundle.tokenizer.encode(text[:characters])
+    first_dropped, last = begun.token_to_word(limit), begun.token_to_word(max(0, len(begun) - 1))  # None: of no word
+    if first_dropped is None or last is None or last - first_dropped < OPEN_WORDS:
+        return None
+    return Encoded(begun.ids[:limit], truncated=True)
+
+
+def _encode_whole(bundle: Bundle, text: str) -> Encoded:
+    limit = bundle.manifest.max_tokens
+    (whole,) = bundle.tokenizer.encode_batch_fast([text])
+    return Encoded(whole.ids[:limit], len(whole) > limit)
 
 
 def texts_to_run(asked: Options, manifest: Manifest, encoded: Sequence[Encoded], sure: float = 0.0) -> list[Text]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 from structlog.testing import capture_logs
 
-from service.classify import INLINE_CHARACTERS
+from service.classify import _TOKENIZER_THREAD, TURN_CHARACTERS
 from tests.service.fakes import MAX_TOKENS, Fake, byte_tokenizer, fake_app, fake_bundle, running
 
 TEXTS = ["a film", "another, longer film", "x", "a film that goes on and on and on and on and on"]
@@ -166,9 +167,23 @@ def test_the_only_architecture_answers_unless_a_setting_says_otherwise() -> None
         assert client.get("/models").json()["routing"] == "fixed:baseline"
 
 
-def test_a_big_request_is_tokenized_off_the_loop_with_the_same_answer(client: TestClient) -> None:
-    texts = ["a film", "b" * INLINE_CHARACTERS]
+def test_a_big_list_is_tokenized_in_turns_with_the_same_answers(client: TestClient) -> None:
+    texts = ["a film", "b" * TURN_CHARACTERS, "c d" * TURN_CHARACTERS, "another"]
     assert classify(client, texts)["results"] == [classify(client, text)["results"][0] for text in texts]
+
+
+def test_a_long_text_does_not_wait_for_one_that_takes_long(client: TestClient) -> None:
+    """Of a huge word all must be read; of other texts, however long, their beginning will do."""
+    over = threading.Event()
+    _TOKENIZER_THREAD.submit(over.wait, 30)
+    try:
+        texts = ["a long film, " * TURN_CHARACTERS, "a"]
+        assert [result["truncated"] for result in classify(client, texts)["results"]] == [True, False]
+        late = client.post("/classify", json={"inputs": "b" * TURN_CHARACTERS, "deadline_ms": 50})
+        assert late.status_code == 504
+    finally:
+        over.set()
+    assert classify(client, "b" * TURN_CHARACTERS)["results"][0]["truncated"]
 
 
 @pytest.mark.parametrize(("offered", "kept"), [("abc-1", True), ("x" * 129, False), ("a b", False), ("", False)])

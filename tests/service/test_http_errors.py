@@ -103,7 +103,7 @@ def test_422_names_the_field_and_repeats_nothing(client: TestClient) -> None:
 def test_422_when_an_input_is_empty_or_too_long(client: TestClient) -> None:
     assert problem(classify(client, ["a", " \n"]), 422, "input_empty")["index"] == 1
     document = problem(classify(client, ["a", "b" * MAX_TOKENS], truncate=False), 422, "input_too_long")
-    assert (document["index"], document["tokens"], document["limit"]) == (1, MAX_TOKENS + 1, MAX_TOKENS)
+    assert (document["index"], document["limit"]) == (1, MAX_TOKENS)
     assert classify(client, "b" * (MAX_TOKENS - 1), truncate=False).status_code == 200
 
 

@@ -191,9 +191,9 @@ def test_a_cascade_s_threshold_is_on_calibrated_probabilities() -> None:
 
 
 def test_a_cascade_s_times_are_those_of_both_models() -> None:
+    text = Encoded([1], truncated=False)
     first, second = (
-        Outcome(NO_MODEL, Encoded([1], 1), Answer(np.zeros(2, dtype=np.float32), n, "depth", n, 10 * n), 100 * n)
-        for n in (1, 2)
+        Outcome(NO_MODEL, text, Answer(np.zeros(2, dtype=np.float32), n, "depth", n, 10 * n), 100 * n) for n in (1, 2)
     )
     both = second.after(first)
     assert (both.answer.queue_seconds, both.answer.inference_seconds, both.tokenize_seconds) == (3, 30, 300)
@@ -435,7 +435,7 @@ def test_a_drain_waits_for_no_shadow_and_begins_none() -> None:
 def test_a_process_has_few_shadows_on_their_way() -> None:
     def answered(model: Model) -> Sequence[Outcome]:
         answer = Answer(np.array([0.0, 1.0], dtype=np.float32), 1, "depth", 0.0, 0.0)
-        return [Outcome(model, Encoded([1], 1), answer, 0.0)]
+        return [Outcome(model, Encoded([1], truncated=False), answer, 0.0)]
 
     with serving("fixed:recurrent") as setup:
         shadows = shadow.Shadows(setup.runtime)
