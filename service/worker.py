@@ -63,6 +63,7 @@ def main() -> int:
         signal.signal(number, end_at_once)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the supervisor's to pass on, also when a terminal sends it to all
     _go_on_when_supervisor_dies()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a process has a core: no thread for each core in each
     slot, port, line, order = sys.argv[1:]
     link = Link(socket.socket(fileno=int(line)))
 

@@ -222,6 +222,15 @@ def test_a_process_takes_several_connections_at_once(served: Process) -> None:
         assert len(listening) > 1, "a turn of the event loop takes one from each"
 
 
+def test_requests_leave_no_threads_behind(models_dir: Path, tmp_path: Path) -> None:
+    """One process is for one core, so a pool of threads for all of them would be in its own way."""
+    with serving(tmp_path / "log", models_dir=models_dir, processes="1") as served:
+        (worker,) = served.workers()
+        before = worker.num_threads()
+        assert {served.ask("POST", "/classify", {"inputs": inputs})[0] for inputs in (TEXT, [TEXT] * 40)} == {200}
+        assert worker.num_threads() <= before
+
+
 def test_a_port_that_others_share_is_still_taken() -> None:
     with reserve("127.0.0.1", 0) as held:
         port = held.getsockname()[1]
