@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -22,10 +23,11 @@ from service.errors import (
     InferenceFailed,
     InputEmpty,
     InputTooLong,
+    QueueFull,
     RefrainError,
     TooManyInputs,
 )
-from service.jobs import Answer, Job
+from service.jobs import Answer, Exit, Job
 from service.loading import Model
 from service.logs import Call
 from service.routing import Plan
@@ -91,11 +93,7 @@ async def decide(asked: ClassifyRequest, request: Request) -> ClassifyAnswer:
     plan = runtime.choose(asked.task, asked.architecture, call.id, asked.routing_key)
     call.architecture, call.task = plan.first.metric_labels
     deadline = call.started + min(asked.deadline_ms or math.inf, runtime.settings.deadline_ms) / 1000
-    try:
-        async with asyncio.timeout(deadline - time.monotonic()):
-            outcomes = await _follow(plan, asked, deadline, request)
-    except TimeoutError:
-        raise DeadlineExceeded from None
+    outcomes = await _follow(plan, asked, deadline, request)
     answer = _answer(asked, outcomes, call)
     runtime.metrics.durations.answered(plan.first.metric_labels, call.timings_ms)
     if plan.shadow is not None:
@@ -119,7 +117,10 @@ def check_count(texts: int, settings: Settings, call: Call) -> None:
 
 
 async def _follow(plan: Plan[Model], asked: ClassifyRequest, deadline: float, request: Request) -> list[Outcome]:
-    """Let the first model answer, and the second what the first is unsure of, each text by itself."""
+    """Let the first model answer, and the second what the first is unsure of, each text by itself.
+
+    Where the second has no room or no time the first's answers stand, degraded, if the request rather has those.
+    """
     outcomes = await _run(plan.first, asked, range(len(asked.texts)), deadline, request, sure=plan.threshold)
     if plan.then is None:
         return outcomes
@@ -129,10 +130,18 @@ async def _follow(plan: Plan[Model], asked: ClassifyRequest, deadline: float, re
         for place, outcome in enumerate(outcomes)
         if not outcome.answer.degraded and max(probabilities(outcome.model.manifest, outcome.answer)) < plan.threshold
     ]
-    if unsure:
-        for place, outcome in zip(unsure, await _run(plan.then, asked, unsure, deadline, request), strict=True):
+    try:
+        second = await _run(plan.then, asked, unsure, deadline, request) if unsure else []
+    except (QueueFull, DeadlineExceeded) as error:
+        if not asked.allow_fewer_iterations:
+            raise
+        reason: Exit = "overload" if isinstance(error, QueueFull) else "deadline"
+        for place in unsure:
+            outcomes[place] = replace(outcomes[place], answer=replace(outcomes[place].answer, exit=reason))
+    else:
+        for place, outcome in zip(unsure, second, strict=True):
             outcomes[place] = outcome.after(outcomes[place])
-    request.state.call.passed_on = len(unsure)
+    request.state.call.passed_on = sum(outcome.model is plan.then for outcome in outcomes)
     request.app.state.runtime.metrics.decided(outcome.model.metric_labels for outcome in outcomes)
     return outcomes
 
@@ -153,17 +162,31 @@ async def _run(
     started = time.monotonic()
     wait = patience(deadline - started, may_be_cut=asked.allow_fewer_iterations)
     model.batcher.check_room(len(places), 0, work, wait)  # before tokenizing, which would be for nothing
-    encoded = await tokenize(model, asked, places)
+    async with _until(deadline):
+        encoded = await tokenize(model, asked, places)
     tokenize_seconds = time.monotonic() - started
     tokens, most = sum(len(text.ids) for text in encoded), request.app.state.runtime.settings.max_queue_tokens
     if tokens > most:  # and would be however empty the queue
         raise TooManyInputs(f"At most {most} tokens in one request; these inputs have {tokens}.", limit=most)
     call.tokens = (call.tokens or 0) + tokens
     job = model.batcher.submit(texts_to_run(asked, model.manifest, encoded, sure), deadline)
-    results = zip(places, encoded, await _wait(job, request.receive), strict=True)
-    outcomes = [Outcome(model, text, _good(asked, place, result), tokenize_seconds) for place, text, result in results]
+    async with _until(deadline):
+        results = await _wait(job, request.receive)
+    outcomes = [
+        Outcome(model, text, _good(asked, place, result), tokenize_seconds)
+        for place, text, result in zip(places, encoded, results, strict=True)
+    ]
     call.iterations = (call.iterations or 0) + sum(outcome.answer.iterations for outcome in outcomes)
     return outcomes
+
+
+@asynccontextmanager
+async def _until(deadline: float) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(deadline - time.monotonic()):
+            yield
+    except TimeoutError:
+        raise DeadlineExceeded from None
 
 
 def _answer(asked: ClassifyRequest, outcomes: Sequence[Outcome], call: Call) -> ClassifyAnswer:

@@ -59,7 +59,7 @@ class Answer:
 
     @property
     def degraded(self) -> bool:
-        """Whether it got fewer iterations than it would have had at rest."""
+        """Whether it got fewer iterations than it would have had at rest, or no second model."""
         return self.exit in ("overload", "deadline")
 
 

@@ -45,7 +45,8 @@ class Options(BaseModel):
     )
     allow_fewer_iterations: bool = Field(
         False,
-        description="Rather be answered with fewer iterations than wait long or miss the deadline; `degraded` tells.",
+        description="Rather be answered with fewer iterations, or by a cascade's first model alone, than wait long, "
+        "be refused or miss the deadline; `degraded` tells.",
     )
     raw_scores: bool = Field(False, description="Answer with logits, uncalibrated, in place of probabilities.")
     truncate: bool = Field(True, description="Cut a text that is too long; false: refuse it.")
@@ -92,7 +93,9 @@ class Result(BaseModel):
     iterations: int = Field(description="Passes taken.")
     tokens: int = Field(description="Tokens run, the first one, the class token, included.")
     truncated: bool = Field(description="Whether the text was cut to fit the model.")
-    degraded: bool = Field(description="Whether load or the deadline cost it iterations, as the request allowed.")
+    degraded: bool = Field(
+        description="Whether load or the deadline cost it iterations, or a second model, as the request allowed."
+    )
 
 
 class Timings(BaseModel):

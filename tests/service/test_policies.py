@@ -242,24 +242,37 @@ def test_a_cascade_that_fails_in_its_second_part_names_the_text() -> None:
         assert setup.post(alone_in_the_second).json()["index"] == alone_in_the_second.index(text)
 
 
-def test_a_cascade_is_refused_when_its_second_queue_is_full() -> None:
+@pytest.mark.parametrize("allowed", [False, True])
+def test_a_cascade_whose_second_queue_is_full_refuses_or_rather_has_its_first_s_answers(allowed: bool) -> None:
     with serving(CASCADE, max_queue=4, max_inputs=4) as setup:
-        text = next(
-            text for text in TEXTS if setup.results(text, architecture="recurrent", max_iterations=1)[0]["score"] < 0.8
-        )
+        alone = {text: setup.results(text, architecture="recurrent", max_iterations=1)[0] for text in TEXTS}
+        sure, unsure = (next(t for t in TEXTS if (alone[t]["score"] < 0.8) is doubtful) for doubtful in (False, True))
         setup.recurrent.entered.clear()
         setup.recurrent.gate.clear()
         setup.baseline.gate.clear()
-        asked = setup.later(text, max_iterations=1)
+        asked = setup.later([sure, unsure], max_iterations=1, allow_fewer_iterations=allowed)
         assert setup.recurrent.entered.wait(timeout=10)
         others = setup.later(["a", "b", "c", "d"], architecture="baseline")
         wait_until(lambda: setup.batcher("baseline").queue_depth == 4)
         setup.recurrent.gate.set()
         answer = asked.result(timeout=10)
-        assert (answer.status_code, answer.json()["code"]) == (429, "queue_full")
-        assert int(answer.headers["retry-after"]) >= 1
+        if allowed:
+            assert answer.json()["results"] == [alone[sure], {**alone[unsure], "degraded": True}]
+        else:
+            assert (answer.status_code, answer.json()["code"]) == (429, "queue_full")
+            assert int(answer.headers["retry-after"]) >= 1
         setup.baseline.gate.set()
         assert others.result(timeout=10).status_code == 200
+
+
+def test_a_cascade_whose_second_is_late_rather_has_its_first_s_answers_where_that_is_allowed() -> None:
+    with serving(CASCADE) as setup:
+        text = setup.unsure()[0]
+        (alone,) = setup.results(text, architecture="recurrent")
+        setup.baseline.gate.clear()
+        assert setup.results(text, deadline_ms=100, allow_fewer_iterations=True) == [{**alone, "degraded": True}]
+        assert setup.batcher("baseline").queue_depth == 0
+        assert setup.count("refrain_cascade_total", decided_by="recurrent", task="sentiment") == 1
 
 
 def test_a_text_that_was_cut_short_under_load_does_not_go_on() -> None:
