@@ -76,7 +76,7 @@ def test_a_text_of_which_no_token_is_left_is_empty() -> None:
 def test_probabilities_are_better_with_their_temperature_or_good_anyway_in_every_precision(bundle: Bundle) -> None:
     calibration = bundle.manifest.calibration
     assert set(calibration.ece) == {"fp32", *bundle.manifest.precisions}
-    perfect = 0.02  # or better: what a model that is always right about itself may show on so few texts
+    perfect = 0.025  # or better: what a model that is right about itself shows on 872 texts, simulated (docs/log.md)
     assert all(one.after < max(one.before, perfect) for found in calibration.ece.values() for one in found)
 
 
