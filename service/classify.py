@@ -164,13 +164,12 @@ async def _run(
     model.batcher.check_room(len(places), 0, work, wait)  # before tokenizing, which would be for nothing
     async with _until(deadline):
         encoded = await tokenize(model, asked, places)
-    tokenize_seconds = time.monotonic() - started
-    tokens, most = sum(len(text.ids) for text in encoded), request.app.state.runtime.settings.max_queue_tokens
-    if tokens > most:  # and would be however empty the queue
-        raise TooManyInputs(f"At most {most} tokens in one request; these inputs have {tokens}.", limit=most)
-    call.tokens = (call.tokens or 0) + tokens
-    job = model.batcher.submit(texts_to_run(asked, model.manifest, encoded, sure), deadline)
-    async with _until(deadline):
+        tokenize_seconds = time.monotonic() - started
+        tokens, most = sum(len(text.ids) for text in encoded), request.app.state.runtime.settings.max_queue_tokens
+        if tokens > most:  # and would be however empty the queue
+            raise TooManyInputs(f"At most {most} tokens in one request; these inputs have {tokens}.", limit=most)
+        call.tokens = (call.tokens or 0) + tokens
+        job = model.batcher.submit(texts_to_run(asked, model.manifest, encoded, sure), deadline)
         results = await _wait(job, request.receive)
     outcomes = [
         Outcome(model, text, _good(asked, place, result), tokenize_seconds)

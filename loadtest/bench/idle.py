@@ -6,6 +6,7 @@ Says its port, and answers until its input ends.
 import os
 import socket
 import sys
+from contextlib import suppress
 from threading import Thread
 
 _ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
@@ -14,7 +15,7 @@ _ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 def _answer_all(listener: socket.socket) -> None:
     while True:
         connection, _ = listener.accept()
-        with connection:
+        with connection, suppress(OSError):  # who leaves before its answer must not end it for the others
             connection.recv(4096)
             connection.sendall(_ANSWER)
 
