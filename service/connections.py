@@ -36,6 +36,7 @@ RESERVE = 64  # connections above the limit, so that a probe still finds a place
 LINGER_SECONDS = 2.0  # given to a client to stop sending and read its refusal
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 ASK_SECONDS, ASK_SECONDS_MOST = 0.02, 1.0  # between two looks whether a client that said its last word is still there
+REFUSED_SECONDS, REFUSED_SECONDS_MOST = 0.05, 1.0  # for which a connection that was refused early is not read
 
 
 class _CycleTransport:
@@ -76,6 +77,7 @@ class Connection(HttpToolsProtocol):
         self._running: RequestResponseCycle | None = None  # the request whose turn it is; `cycle` came last
         self._held: bytes | None = None  # what has come of a body that decides whether its request is let through
         self._refused = 0  # of the requests in what was read last, those that were refused early
+        self._refused_seconds = REFUSED_SECONDS
         self._within = False  # a request has begun to come, and not ended
         self._metrics = runtime.metrics
         self._seconds = runtime.settings.client_seconds
@@ -175,6 +177,7 @@ class Connection(HttpToolsProtocol):
             raise InvalidHTTP(f"A Content-Length has at most {LENGTH_DIGITS} digits.")
 
     def _begin(self) -> None:
+        self._refused_seconds = REFUSED_SECONDS
         super().on_headers_complete()
         self.headers = []  # what is still added are trailers, which must not pass for headers (RFC 9110, 6.5.1)
         self.cycle.transport = cast(asyncio.Transport, _CycleTransport(self.cycle, self.transport, self._end))
@@ -210,6 +213,10 @@ class Connection(HttpToolsProtocol):
         super().on_body(body)
 
     def _refuse_early(self, refusal: bytes) -> None:
+        """Answer at once, but read the next request of a client that does not wait only after a while, which doubles.
+
+        Else a few hundred such clients are refused so often that little is left for answers.
+        """
         self._held = None
         self._refused += 1
         keeps = self.parser.get_http_version() == "1.1" and self.parser.should_keep_alive()
@@ -217,8 +224,15 @@ class Connection(HttpToolsProtocol):
         self.headers = []
         if keeps:
             super().on_response_complete()
+            self.flow.pause_reading()
+            self.loop.call_later(self._refused_seconds, self._read_on)
+            self._refused_seconds = min(2 * self._refused_seconds, REFUSED_SECONDS_MOST)
         else:
             self.transport.close()
+
+    def _read_on(self) -> None:
+        if not self.transport.is_closing():
+            self.flow.resume_reading()
 
     def on_response_complete(self) -> None:
         """Go on to the next request; an idle connection keeps nothing of a body that nobody read."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import socket
+import struct
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -61,6 +62,29 @@ def test_a_connection_lives_on_after_a_refusal_and_its_next_request_is_answered(
         wait_until(lambda: served.count("refrain_queue_depth", architecture="recurrent", task="sentiment") == 0)
         connection.sendall(asking())
         assert next(answers).status == 200
+
+
+def test_who_asks_again_at_once_is_told_at_once_but_heard_ever_more_seldom() -> None:
+    with ExitStack() as stack, full() as served:
+        connection = stack.enter_context(served.send(asking()))
+        answers, refused = replies(connection), 0
+        began = time.monotonic()
+        while time.monotonic() < began + 0.7:
+            assert next(answers).status == 429
+            refused += 1
+            connection.sendall(asking())
+        assert 1 <= refused <= 5  # at once, and after 0.05, 0.15, 0.35 and 0.75 seconds
+        served.fake.recurrent.gate.set()
+        assert next(answers).status in (200, 429)
+
+
+def test_a_client_that_leaves_while_it_is_not_heard_leaves_nothing_behind() -> None:
+    with full() as served:
+        for _ in range(5):
+            with served.send(asking()) as connection:
+                assert next(replies(connection)).status == 429
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+        wait_until(lambda: served.connections == 1)  # the one that occupies
 
 
 def test_refusals_are_counted_one_by_one_and_logged_together() -> None:
