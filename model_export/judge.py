@@ -45,7 +45,7 @@ class Splits:
 
     def _quality(self, split: str, logits_NC: FloatArray) -> Quality:
         one = score(self.examples[split].labels, logits_NC.argmax(-1).tolist(), self.labels)
-        return Quality(accuracy=one["accuracy"], macro_f1=one["macro_f1"])
+        return Quality(**{name: one[name] for name in Quality.model_fields})
 
     def differences(self, name: str, fp32: SplitLogits, found: SplitLogits, tolerances: Tolerances) -> list[Difference]:
         """How far a precision is from FP32 on each split; ExportError names a figure that is out of tolerance."""

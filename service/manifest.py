@@ -67,6 +67,8 @@ class Quality(_Strict):
 
     accuracy: Share
     macro_f1: Share
+    macro_precision: Share | None = None  # bundles that are older have neither
+    macro_recall: Share | None = None
 
 
 class Training(_Strict):

@@ -87,8 +87,9 @@ def test_evaluate_gives_the_figures_of_the_manifest(
     ):
         assert main([*command, *arguments]) == 0
         iterations = named(json.loads((tmp_path / "figures.json").read_text()))["iterations"]
-        expected = [one.macro_f1 for one in judged.manifest.quality[split]["fp32"]]
-        assert [one["macro_f1"] for one in iterations.values()] == pytest.approx(expected)
+        for name in ("accuracy", "macro_f1", "macro_precision", "macro_recall"):
+            expected = [getattr(one, name) for one in judged.manifest.quality[split]["fp32"]]
+            assert [one[name] for one in iterations.values()] == pytest.approx(expected)
 
 
 def test_the_card_is_measured_and_the_readme_is_made_from_it(judged: Bundle) -> None:

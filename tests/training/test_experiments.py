@@ -5,6 +5,7 @@ import random
 import re
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from training.experiments.cells import EXPERIMENTS
 from training.experiments.children import Children
 from training.experiments.gather import Result
 from training.experiments.options import ExperimentsConfig
-from training.experiments.report import as_markdown, grid, spread
+from training.experiments.report import as_markdown, grid, spread, write_report
 from training.experiments.run import train_config
 from training.experiments.selections import SELECTIONS, write_selection
 
@@ -197,6 +198,39 @@ def test_the_report_shows_means_spread_and_paired_differences() -> None:
     assert rows[2] == ["row", "test", "recurrent", "+0.00 ± 2.83", "-1.00"]
     assert "num epochs 1 or 2, width 384 (some)." in page
     assert page.endswith("Made by `python -m training experiments domain --seeds 1 2 --effort 0.5`\n")
+
+
+def test_seeds_may_come_one_by_one_if_the_recipe_stays(tmp_path: Path) -> None:
+    def write(seed: int, accuracy: float, epochs: int = 1) -> str:
+        config = ExperimentsConfig("domain", seeds=(seed,), results_dir=tmp_path)
+        recipe = {"dataset": f"balanced-domain-{seed}", "seed": seed, "num_epochs": epochs, "pooling": "first"}
+        return write_report(
+            config, EXPERIMENTS["domain"], [recipe], [result("baseline", seed, accuracy)], []
+        ).read_text()
+
+    write(14, 0.5)
+    write(14, 0.8)  # again: in the place of the first
+    page = write(13, 0.9)
+    assert "0.8500 ± 0.0707" in page
+    assert "over the seeds 13, 14," in page
+    assert page.endswith("Made by `python -m training experiments domain --seeds 13 14`\n")
+    recorded = json.loads((tmp_path / "domain.json").read_text())
+    assert [one["seed"] for one in recorded["results"]] == [13, 14]
+    assert sorted(recipe["dataset"] for recipe in recorded["recipes"]) == ["balanced-domain-13", "balanced-domain-14"]
+    with pytest.raises(TrainingError, match=r"domain --seeds 13 14` wrote it; give the same options"):
+        write(15, 0.9, epochs=2)
+    assert json.loads((tmp_path / "domain.json").read_text()) == recorded
+    for recipe in recorded["recipes"]:  # as it stood before there was the choice
+        del recipe["pooling"]
+    (tmp_path / "domain.json").write_text(json.dumps(recorded))
+    assert "over the seeds 13, 14, 15," in write(15, 0.9)
+
+
+def test_a_figure_that_not_all_seeds_have_says_so() -> None:
+    with_it = replace(result("baseline", 1, 0.5), iterations=[{"accuracy": 0.5, "macro_f1": 0.5, "macro_recall": 0.4}])
+    config = ExperimentsConfig("domain", seeds=(1, 2))
+    page = as_markdown(config, EXPERIMENTS["domain"], [], [with_it, result("baseline", 2, 0.6)], [])
+    assert "| 0.4000 (1 of 2 seeds) |" in page
 
 
 def test_one_seed_has_no_spread_and_nothing_is_a_dash() -> None:

@@ -27,7 +27,6 @@ class Finished:
     cell: Cell
     seed: int
     run: Path
-    recipe: Mapping[str, Any]
     figures: Mapping[str, Any]
     bundle: Path | None
 

@@ -25,7 +25,8 @@ class ExperimentsConfig:
     data_dir: Path | None = None
     """Read the data sets here instead of from the hub; another one needs another --output-dir."""
     seeds: tuple[int, ...] = (13, 14, 15)
-    """Each draws its own split, and trains every cell once."""
+    """Each draws its own split, and trains every cell once. What the results hold of other seeds stays, so that seeds
+    may come one by one, and from several machines."""
     output_dir: Path = Path("runs/experiments")
     """Where splits and runs are kept."""
     results_dir: Path = Path("docs/results")

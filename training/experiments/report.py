@@ -3,8 +3,8 @@
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from training import run as runs
+from training.errors import TrainingError
 from training.experiments.cells import Experiment
 from training.experiments.figure import draw
 from training.experiments.gather import FIGURES, Result, Size
@@ -28,7 +29,11 @@ def write_report(
     results: Sequence[Result],
     sizes: Sequence[Size],
 ) -> Path:
-    """Writes NAME.md, NAME.json and NAME.png; returns the first."""
+    """Writes NAME.md, NAME.json and NAME.png, other seeds' results there included; returns the first."""
+    others = recorded_results(config, recipes)
+    results = sorted([*others, *results], key=lambda one: one.seed)
+    recipes = [*_recipes_of({one.seed for one in others}, recipes), *recipes]
+    config = replace(config, seeds=tuple(dict.fromkeys(one.seed for one in results)))
     config.results.mkdir(parents=True, exist_ok=True)
     page = config.results / f"{config.name}.md"
     content = {
@@ -42,6 +47,45 @@ def write_report(
     draw(experiment.title, results, page.with_suffix(".png"))
     runs.replace(page, as_markdown(config, experiment, recipes, results, sizes).encode())
     return page
+
+
+def recorded_results(config: ExperimentsConfig, recipes: Sequence[Mapping[str, Any]]) -> list[Result]:
+    """Results of other seeds that an earlier run wrote, perhaps on another machine.
+
+    TrainingError where they come from other recipes, since no mean could be taken over both.
+    """
+    path = config.results / f"{config.name}.json"
+    if not path.exists():
+        return []
+    content = json.loads(path.read_text(encoding="utf-8"))
+    others = [Result(**one) for one in content["results"] if one["seed"] not in config.seeds]
+    ours = _without_seeds(recipes)
+    for recipe in _without_seeds([recipe for recipe in content["recipes"] if recipe["seed"] not in config.seeds]):
+        # An option that is younger than the record had no other value then.
+        if not any(all(recipe.get(name, value) == value for name, value in one.items()) for one in ours):
+            raise TrainingError(
+                f"{path} holds other seeds by another recipe: `{content['command']}` wrote it; give the same "
+                "options, or another --results-dir"
+            )
+    return others
+
+
+def _without_seeds(recipes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {name: str(value).removesuffix(f"-{recipe['seed']}") if name == "dataset" else value
+         for name, value in recipe.items() if name != "seed"}
+        for recipe in recipes
+    ]  # fmt: skip
+
+
+def _recipes_of(seeds: Collection[int], recipes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The same recipes with other seeds."""
+    distinct = {json.dumps(recipe): recipe for recipe in _without_seeds(recipes)}.values()
+    return [
+        recipe | {"seed": seed, "dataset": f"{recipe['dataset']}-{seed}"}
+        for seed in sorted(seeds)
+        for recipe in distinct
+    ]
 
 
 def as_markdown(
@@ -62,8 +106,8 @@ def as_markdown(
         "Under one protocol: the same split, recipe and seed for both; mean of the differences by seed.",
         "## Size and time",
         _sizes_table(sizes),
-        "One thread, texts sorted by length in batches, seed "
-        f"{config.seeds[0]}, medians of rounds in which all take turns. {'; '.join(_machine_words())}.",
+        "One thread, texts sorted by length in batches, the models of one seed, medians of rounds in which all take "
+        f"turns. {'; '.join(_machine_words())}.",
         f"![accuracy]({config.name}.png)",
         f"Recipe, for both models alike: {_recipe_words(recipes)}. Every cell's figures, also after each iteration: "
         f"[{config.name}.json]({config.name}.json).",
@@ -88,13 +132,20 @@ def _results_table(results: Sequence[Result]) -> str:
             row,
             test,
             model,
-            *(spread([one.last[name] for one in several if name in one.last]) for name in FIGURES),
+            *(_of_seeds(name, several) for name in FIGURES),
             "-" if several[0].published is None else f"{several[0].published:.4f}",
             f"{several[0].trained_on:,} / {several[0].texts:,}",
         ]
         for (row, test, model), several in groups(results).items()
     ]
     return grid([head, *lines])
+
+
+def _of_seeds(name: str, several: Sequence[Result]) -> str:
+    """One figure's mean over the seeds; how many, where not all have it."""
+    values = [one.last[name] for one in several if name in one.last]
+    some = f" ({len(values)} of {len(several)} seeds)" if 0 < len(values) < len(several) else ""
+    return spread(values) + some
 
 
 def _differences_table(results: Sequence[Result]) -> str:

@@ -20,7 +20,7 @@ from training.experiments.cells import EXPERIMENTS, RECIPE, Cell, Exam, Experime
 from training.experiments.children import Children
 from training.experiments.gather import Finished, of_precisions, of_tests
 from training.experiments.options import ExperimentsConfig
-from training.experiments.report import write_report
+from training.experiments.report import recorded_results, write_report
 from training.experiments.selections import SELECTIONS, write_selection
 from training.prepare import recorded_options
 
@@ -35,13 +35,15 @@ QUICK_TEXTS = 300
 def run_experiment(config: ExperimentsConfig) -> Path:
     """Trains and tests what is missing, then writes table, figure and JSON; returns the table's file."""
     experiment = EXPERIMENTS[config.name]
+    recipes = [_recipe(train_config(config, cell, seed)) for seed in config.seeds for cell in experiment.cells]
+    recorded_results(config, recipes)  # what could not be written together is said before the work
     _write_selections(config, experiment)
     torch.set_num_threads(1)  # testing, and above all timing
     with _told_to_end_as_by_ctrl_c(), Children(threads=1 if config.jobs > 1 else None) as children:
         finished = _finish_all(config, experiment, children)
         gather = of_precisions if experiment.by_precision else of_tests
         results, sizes = gather(finished, config.place, children)
-    return write_report(config, experiment, [one.recipe for one in finished], results, sizes)
+    return write_report(config, experiment, recipes, results, sizes)
 
 
 @contextmanager
@@ -95,7 +97,7 @@ def _finish(config: ExperimentsConfig, experiment: Experiment, cell: Cell, seed:
         # However far INT8 is off: that is what is asked here.
         limits = ["--max-accuracy-lost", "1", "--min-labels-agree", "0"]
         children.run("model_export", [run, bundle, "--data-dir", config.place / "data", *limits], run / f"export.{LOG}")
-    return Finished(cell, seed, run, _recipe(options), figures, bundle if experiment.by_precision else None)
+    return Finished(cell, seed, run, figures, bundle if experiment.by_precision else None)
 
 
 def train_config(config: ExperimentsConfig, cell: Cell, seed: int) -> TrainConfig:
