@@ -14,6 +14,8 @@ from loadtest.summary import from_json
 from service.app import create_app
 from service.settings import Settings
 from tests.service.fakes import wait_until
+from training.experiments.gather import Result
+from training.experiments.report import groups, spread
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -159,14 +161,17 @@ def test_experiments_are_those_that_the_command_wrote() -> None:
 
 
 def experiment_figures(name: str, row: str | None = None) -> dict[tuple[str, str, str], str]:
-    """By row (or the one given), test and model: the accuracy at full depth, and the published one."""
+    """By row (or the one given), test and model: the accuracy at full depth over the seeds, and the published one."""
     results = json.loads((ROOT / f"docs/results/{name}.json").read_text(encoding="utf-8"))["results"]
+    found = groups([Result(**one) for one in results])
     return {
-        (row or one["row"], one["test"], one["model"]): " | ".join(
-            "-" if accuracy is None else f"{accuracy:.4f}"
-            for accuracy in (one["iterations"][-1]["accuracy"], one["published"])
+        (row or of, test, model): " | ".join(
+            [
+                spread([one.last["accuracy"] for one in several]),
+                "-" if several[0].published is None else f"{several[0].published:.4f}",
+            ]
         )
-        for one in results
+        for (of, test, model), several in found.items()
     }
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from training import run as runs
 from training.config import LinearConfig
 from training.data import Dataset, load_dataset
 from training.errors import TrainingError
-from training.metrics import Log
+from training.metrics import Log, peak_memory
 from training.prepare import check_texts, provenance, recorded_options, standing_run
 from training.run import LINEAR, RunInfo
 from training.scores import score
@@ -77,13 +78,15 @@ def fit(config: LinearConfig) -> dict[str, Any]:
     dataset = load_dataset(config.dataset, config.data_dir)
     if standing:
         check_texts(config.output_dir, standing, dataset)
+    began = perf_counter()
     model = _solve(dataset, config.seed)
+    cost = {"seconds": round(perf_counter() - began, 2)} | peak_memory()
     figures = _validate(model, dataset)
     config.output_dir.mkdir(parents=True, exist_ok=True)
     runs.write_weights(config.output_dir, {name: torch.from_numpy(array) for name, array in vars(model).items()})
     runs.write_info(config.output_dir, standing or _info(dataset, config, options))
     Log(config.output_dir / runs.METRICS, 0, 0).write(
-        step=1, epoch=1, validation=[{name: round(figures[name], 4) for name in ("accuracy", "macro_f1")}]
+        step=1, epoch=1, validation=[{name: round(figures[name], 4) for name in ("accuracy", "macro_f1")}], **cost
     )
     return figures
 

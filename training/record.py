@@ -11,14 +11,16 @@ from training.errors import TrainingError
 
 
 def record(directories: Sequence[Path], output: Path) -> str:
-    """Writes `output`.json and `output`.md; returns the table.
+    """Writes `output`.json and `output`.md; returns the table. Rows of other runs that stand there stay, before these.
 
     Hours are those of training, without validation, up to the last step that was logged.
     """
-    rows = [cost(run) for run in directories]
+    rows, path = [cost(run) for run in directories], output.with_suffix(".json")
+    earlier = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
+    rows = [*(row for row in earlier if row["run"] not in [one["run"] for one in rows]), *rows]
     table = _table(rows)
     output.parent.mkdir(parents=True, exist_ok=True)
-    runs.write_json(output.with_suffix(".json"), {"runs": rows})
+    runs.write_json(path, {"runs": rows})
     text = f"# What the trainings cost\n\nWritten by `python -m training record`.\n\n{table}\n"
     runs.replace(output.with_suffix(".md"), text.encode())
     return table
@@ -28,23 +30,31 @@ def cost(run: Path) -> dict[str, Any]:
     """One run's figures; None where an older version did not measure them."""
     info, path = runs.read_info(run), run / runs.METRICS
     written = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    lines = [line for line in written if "tokens_per_second" in line]
+    lines = [line for line in written if "tokens_per_second" in line or "seconds" in line]
     if not lines:
         raise TrainingError(f"{run} has measured no speed: its training was too short, or has not begun")
-    speeds = [line["tokens_per_second"] for line in lines]
+    speeds = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
     return {
         "run": info.provenance["run_id"],
-        "stage": "train" if info.labels else "pretrain",
+        "stage": _stage(info),
         "dataset": info.provenance["dataset"],
         "architecture": info.architecture,
         "machine": info.provenance.get("machine"),
-        "precision": info.options["mixed_precision"],
-        "steps": written[-1]["step"],  # a validation comes after the last of them
-        "tokens_per_second": {"median": round(median(speeds)), "lowest": min(speeds), "highest": max(speeds)},
+        "precision": info.options.get("mixed_precision"),
+        "steps": written[-1]["step"] if speeds else None,  # a validation comes after the last of them
+        "tokens_per_second": {"median": round(median(speeds)), "lowest": min(speeds), "highest": max(speeds)}
+        if speeds
+        else None,
         "hours": sum(line["seconds"] for line in lines) / 3600 if "seconds" in lines[0] else None,
         "peak_memory_mb": max(line.get("peak_memory_mb", 0) for line in lines) or None,
         "peak_cuda_mb": max(line.get("peak_cuda_mb", 0) for line in lines) or None,
     }
+
+
+def _stage(info: runs.RunInfo) -> str:
+    if info.architecture == runs.LINEAR:
+        return "linear"
+    return "train" if info.labels else "pretrain"
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
@@ -54,8 +64,8 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         speed = row["tokens_per_second"]
         lines.append((
-            row["stage"], row["dataset"], row["architecture"], row["machine"] or "-", row["precision"], row["steps"],
-            f"{speed['median']:,} ({speed['lowest']:,} to {speed['highest']:,})",
+            row["stage"], row["dataset"], row["architecture"], row["machine"] or "-", row["precision"] or "-",
+            row["steps"] or "-", f"{speed['median']:,} ({speed['lowest']:,} to {speed['highest']:,})" if speed else "-",
             "-" if row["hours"] is None else f"{row['hours']:.2f}",
             row["peak_memory_mb"] or "-", row["peak_cuda_mb"] or "-",
         ))  # fmt: skip

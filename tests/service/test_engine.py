@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import platform
 import shutil
+import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -96,6 +100,24 @@ def test_a_text_goes_its_own_way_among_texts_of_other_iterations(models_dir: Pat
     _, mixed_BC = engine.step([late_state, early_state])
     np.testing.assert_allclose(mixed_BC[0], run(engine, [late])[0, 0], rtol=0, atol=TOLERANCE)
     np.testing.assert_allclose(mixed_BC[1], run(engine, [early])[1, 0], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.skipif(
+    (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="only there are denormal numbers taken for zero"
+)
+def test_whichever_thread_runs_it_takes_denormal_numbers_for_zero(models_dir: Path) -> None:
+    def product() -> float:
+        return float(np.float32(1e-30) * np.float32(1e-10))  # 1e-40 is denormal
+
+    with ThreadPoolExecutor(1) as pool:
+        default = ctypes.c_void_p(
+            -1
+        )  # FE_DFL_ENV: threads begin as their parents are, and tests before may have run one
+        pool.submit(ctypes.CDLL(None).fesetenv, default).result()
+        assert pool.submit(product).result() > 0
+        engine, _, _ = engine_of(models_dir / f"{tiny.DATASET}-recurrent", "fp32", 1)
+        pool.submit(engine.step, pool.submit(engine.embed, [[5, 6]]).result()).result()
+        assert pool.submit(product).result() == 0
 
 
 def test_the_precisions_are_different_graphs_that_agree_on_clear_texts(models_dir: Path) -> None:

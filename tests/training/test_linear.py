@@ -22,6 +22,7 @@ from training.errors import TrainingError
 from training.evaluate import evaluate, read_classifier
 from training.linear import LinearModel, count_words, fit, read_linear, weigh
 from training.loop import train
+from training.record import cost
 
 TEXTS = [record["text"] for record in easy_records(60)]
 CPU = torch.device("cpu")
@@ -68,6 +69,14 @@ def test_it_learns_and_is_read_back_as_it_was(floor: Path, easy_dir: Path, monke
     assert torch.equal(logits_RNC[:, :1], fitted[0].logits(TEXTS[:1])), "of a text alone as among others"
     validation = [{name: round(figures[name], 4) for name in ("accuracy", "macro_f1")}]
     assert metrics(floor) == [{"step": 1, "epoch": 1, "validation": validation}]
+    found = cost(floor)
+    assert (found["stage"], found["architecture"], found["steps"], found["precision"]) == (
+        "linear",
+        "linear",
+        None,
+        None,
+    )
+    assert found["hours"] > 0
 
 
 def test_the_run_says_what_it_is(floor: Path) -> None:

@@ -52,6 +52,27 @@ def test_the_command_writes_a_table_and_takes_older_runs_as_well(
     assert rows[1]["hours"] > 0
 
 
+def test_rows_of_other_runs_stay_and_a_run_has_one_row(tmp_path: Path) -> None:
+    def write(name: str, run_id: str, speed: int) -> list[str]:
+        run = write_run(tmp_path / name, {"step": 50, "tokens_per_second": speed}, run_id=run_id)
+        assert main(["record", str(run), "--output", str(tmp_path / "training")]) == 0
+        return [line for line in (tmp_path / "training.md").read_text().splitlines() if line.startswith("| train |")]
+
+    write("a", "first", 900)
+    assert len(write("b", "second", 901)) == 2
+    again = write("c", "first", 902)
+    assert ["901 (" in line for line in again] == [True, False]
+    assert ["902 (" in line for line in again] == [False, True]
+
+
+def test_what_is_no_number_of_a_linear_model_is_a_dash(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", {"step": 1, "seconds": 36.0, "peak_memory_mb": 700, "validation": []})
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"architecture": "linear", "options": {}}))
+    assert main(["record", str(run), "--output", str(tmp_path / "training")]) == 0
+    assert "| linear | easy | linear | - | - | - | - | 0.01 | 700 | - |" in (tmp_path / "training.md").read_text()
+
+
 def test_a_run_without_a_measured_speed_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["record", str(write_run(tmp_path / "run"))]) == 1
     assert f"{tmp_path / 'run'} has measured no speed" in capsys.readouterr().err
