@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import platform
 import sys
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +24,8 @@ Precision = Literal["auto", "fp32", "fp16", "int8"]
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 MXCSR, FLUSH_TO_ZERO, DENORMALS_ARE_ZERO = 7, 1 << 15, 1 << 6  # the word of x86-64's fenv_t, and bits of it
+# One that keeps the interpreter's lock, which to give away costs more than these calls.
+LIBM = ctypes.PyDLL("libm.so.6") if (sys.platform, platform.machine()) == ("linux", "x86_64") else None
 
 
 class Engine:
@@ -49,37 +51,40 @@ class Engine:
 
     def embed(self, ids: Sequence[Sequence[int]]) -> list[FloatArray]:
         """The first hidden state (length, width) of each text; none may be empty."""
-        _flush_denormals()
-        (hidden_BLD,) = self.embed_session.run(["hidden"], {"ids": pad_ids(ids)})
+        with _denormals_as_zero():
+            (hidden_BLD,) = self.embed_session.run(["hidden"], {"ids": pad_ids(ids)})
         return [hidden_BLD[row, : len(text)] for row, text in enumerate(ids)]
 
     def step(self, hidden: Sequence[FloatArray]) -> tuple[list[FloatArray], FloatArray]:
         """One iteration: each text's next hidden state, and the logits (texts, classes)."""
-        _flush_denormals()
         lengths = [len(state_LD) for state_LD in hidden]
         hidden_BLD = pad_states(hidden)
         mask_BL = np.arange(max(lengths)) < np.array(lengths)[:, None]
-        next_BLD, logits_BC = self.step_session.run(["next_hidden", "logits"], {"hidden": hidden_BLD, "mask": mask_BL})
+        given = {"hidden": hidden_BLD, "mask": mask_BL}
+        with _denormals_as_zero():
+            next_BLD, logits_BC = self.step_session.run(["next_hidden", "logits"], given)
         return [next_BLD[row, :length] for row, length in enumerate(lengths)], logits_BC
 
 
-_this_thread = threading.local()
-
-
-def _flush_denormals() -> None:
-    """Has this thread take numbers below 1e-38 for zero, on Linux and x86-64.
+@contextmanager
+def _denormals_as_zero() -> Iterator[None]:
+    """Has this thread take numbers below 1e-38 for zero meanwhile, on Linux and x86-64.
 
     Where a token attends to nothing but a few others, the rest get such weights, and Intel's CPUs take many times as
     long for each. The runtime's own switch reaches its pool and the thread that opens a process's first session alone.
     """
-    if hasattr(_this_thread, "flushes"):
+    if LIBM is None:
+        yield
         return
-    _this_thread.flushes = True
-    if sys.platform == "linux" and platform.machine() == "x86_64":
-        library, state = ctypes.CDLL(None), (ctypes.c_uint32 * 8)()
-        library.fegetenv(state)
-        state[MXCSR] |= FLUSH_TO_ZERO | DENORMALS_ARE_ZERO
-        library.fesetenv(state)
+    before = (ctypes.c_uint32 * 8)()
+    LIBM.fegetenv(before)
+    state = type(before)(*before)
+    state[MXCSR] |= FLUSH_TO_ZERO | DENORMALS_ARE_ZERO
+    LIBM.fesetenv(state)
+    try:
+        yield
+    finally:
+        LIBM.fesetenv(before)
 
 
 def pad_ids(ids: Sequence[Sequence[int]]) -> NDArray[np.int64]:
@@ -112,7 +117,8 @@ def open_engine(bundle: Bundle, *, provider: Provider, precision: Precision, thr
 def _open_session(path: Path, provider: Literal["cpu", "cuda"], threads: int) -> ort.InferenceSession:
     providers = [CUDA, CPU] if provider == "cuda" else [CPU]
     try:
-        return ort.InferenceSession(path, _session_options(threads), providers=providers)
+        with _denormals_as_zero():  # whatever the runtime sets in this thread does not last
+            return ort.InferenceSession(path, _session_options(threads), providers=providers)
     except Exception as error:  # the runtime's exceptions share no base class of its own
         reason = str(error).strip().splitlines()[0]
         raise BundleError(f"{path}: ONNX Runtime does not load it: {reason}") from error
@@ -126,7 +132,7 @@ def _session_options(threads: int) -> ort.SessionOptions:
     options.enable_mem_pattern = False  # a pattern is kept for every shape met, and our shapes never end
     if not has_vnni():  # without, the fast 8-bit kernel saturates its sums; this asks for the one that does not
         options.add_session_config_entry("session.x64quantprecision", "1")
-    options.add_session_config_entry("session.set_denormal_as_zero", "1")  # in the pool; see _flush_denormals
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")  # in the pool; see _denormals_as_zero
     # Idle threads must not spin: the interpreter and the other engines need the cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options

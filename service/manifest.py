@@ -62,13 +62,17 @@ class Precision(_Strict):
     portable: Graph | None = None
 
 
+def _is_none(value: object) -> bool:
+    return value is None
+
+
 class Quality(_Strict):
     """Scores after one iteration."""
 
     accuracy: Share
     macro_f1: Share
-    macro_precision: Share | None = None  # bundles that are older have neither
-    macro_recall: Share | None = None
+    macro_precision: Share | None = Field(default=None, exclude_if=_is_none)  # bundles that are older have neither
+    macro_recall: Share | None = Field(default=None, exclude_if=_is_none)
 
 
 class Training(_Strict):

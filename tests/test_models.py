@@ -1,5 +1,6 @@
 """The bundles that ship with this repository keep what the README and the manifests say of them."""
 
+import json
 from pathlib import Path
 
 import onnx
@@ -47,6 +48,13 @@ def test_accuracy_holds_in_every_precision(bundle: Bundle) -> None:
     found = [one for several in bundle.manifest.parity.against_fp32.values() for one in several]
     assert all(one.accuracy_lost <= 0.005 for one in found)
     assert bundle.manifest.parity.fp32_against_pytorch <= 1e-4
+
+
+def test_quality_is_told_as_it_was_written(bundle: Bundle) -> None:
+    written = json.loads((bundle.path / "manifest.json").read_text())["quality"]
+    assert (
+        bundle.manifest.model_dump(mode="json")["quality"] == written
+    )  # no null for what an older export did not tell
 
 
 @pytest.mark.parametrize("role", ["embed", "step"])

@@ -64,7 +64,7 @@ def test_the_precision_experiment_reads_what_the_export_wrote(
     shutil.copy(data_dir / tiny.DATASET / "validation.jsonl", texts)
     cell = Cell("", "recurrent", tiny.DATASET, 1, (Exam("exam", tiny.DATASET),), {"fp32": 0.5, "fp16": 0.4})
     figures = {cell.tests[0].key: {"parameters": 7, "iterations": {"1": {"texts": 40}}}}
-    finished = Finished(cell, 13, run_dirs["recurrent"], {}, figures, bundle)
+    finished = Finished(cell, 13, run_dirs["recurrent"], figures, bundle)
     results, sizes = of_precisions([finished], tmp_path, Children(1))
     assert [(one.row, one.published) for one in results] == [("FP32", 0.5), ("FP16", 0.4), ("INT8", None)]
     quality = document["quality"]["test"]
