@@ -67,7 +67,7 @@ class Connection(HttpToolsProtocol):
 
     What is waited for, and how long: a head for `client_seconds`, from the connection's first moment or, later, from
     its own first byte; a body for `body_seconds`, in the app; the next request for uvicorn's keep-alive; a client to
-    take its answer for `client_seconds`. No timer runs for it: `check_all` looks at all connections now and then.
+    take its answer for `client_seconds`. No timer runs for these: `check_all` looks at all connections now and then.
     """
 
     def __init__(self, *args: Any, runtime: Runtime, refusals: EarlyRefusals, **kwargs: Any) -> None:

@@ -23,7 +23,8 @@ Provider = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "fp32", "fp16", "int8"]
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
-MXCSR, FLUSH_TO_ZERO, DENORMALS_ARE_ZERO = 7, 1 << 15, 1 << 6  # the word of x86-64's fenv_t, and bits of it
+FloatingPointState = ctypes.c_uint32 * 8  # x86-64's fenv_t
+MXCSR, FLUSH_TO_ZERO, DENORMALS_ARE_ZERO = 7, 1 << 15, 1 << 6  # a word of it, and bits of that
 # One that keeps the interpreter's lock, which to give away costs more than these calls.
 LIBM = ctypes.PyDLL("libm.so.6") if (sys.platform, platform.machine()) == ("linux", "x86_64") else None
 
@@ -76,15 +77,16 @@ def _denormals_as_zero() -> Iterator[None]:
     if LIBM is None:
         yield
         return
-    before = (ctypes.c_uint32 * 8)()
-    LIBM.fegetenv(before)
-    state = type(before)(*before)
-    state[MXCSR] |= FLUSH_TO_ZERO | DENORMALS_ARE_ZERO
+    state = FloatingPointState()
+    LIBM.fegetenv(state)
+    before = state[MXCSR]
+    state[MXCSR] = before | FLUSH_TO_ZERO | DENORMALS_ARE_ZERO
     LIBM.fesetenv(state)
     try:
         yield
     finally:
-        LIBM.fesetenv(before)
+        state[MXCSR] = before
+        LIBM.fesetenv(state)
 
 
 def pad_ids(ids: Sequence[Sequence[int]]) -> NDArray[np.int64]:
