@@ -1,4 +1,4 @@
-"""`python -m model_export RUN OUT`, `... inspect BUNDLE` and `... speed BUNDLE ...`."""
+"""`python -m model_export RUN OUT`, `... inspect BUNDLE`, `... evaluate BUNDLE ...` and `... speed BUNDLE ...`."""
 
 import sys
 from dataclasses import dataclass
@@ -16,7 +16,8 @@ from training.errors import TrainingError
 class Export:
     """Exports a run as a bundle: ONNX graphs in FP16 and INT8, proved against PyTorch and FP32, with a manifest.
 
-    `python -m model_export inspect BUNDLE` prints what is in one.
+    `python -m model_export inspect BUNDLE` prints what is in one, `python -m model_export evaluate BUNDLE ...` measures
+    how good some are, on what their manifests report or on your texts.
     """
 
     run: tyro.conf.Positional[Path]
@@ -47,6 +48,25 @@ class Inspect:
 
 
 @dataclass(frozen=True)
+class Evaluate:
+    """Measures bundles with the engine that serves them, in each precision: what their manifests say, or on your texts.
+
+    As served: texts leave at the bundle's own exit threshold. The exit status is 1 where a manifest says otherwise.
+    """
+
+    bundles: tyro.conf.Positional[tuple[Path, ...]]
+    """Of several, each is also compared with those after it."""
+    texts: Path | None = None
+    """Your own: a .jsonl, .csv, .tsv or .parquet with a `text` and a `label`, one of the bundles', in each row."""
+    data_dir: Path | None = None
+    """Read the data sets that the manifests name here instead of from the hub."""
+    precisions: tuple[Literal["fp16", "int8"], ...] = ()
+    """These alone; all that a bundle has unless given."""
+    output: Path | None = None
+    """Also write all figures, with macro F1, precision and recall, to this JSON file."""
+
+
+@dataclass(frozen=True)
 class Speed:
     """Times the bundles' precisions against each other, on one thread, at full depth."""
 
@@ -65,6 +85,8 @@ def main(arguments: list[str]) -> int:
     try:
         if arguments[:1] == ["inspect"]:
             _inspect(tyro.cli(Inspect, prog="python -m model_export inspect", args=arguments[1:]))
+        elif arguments[:1] == ["evaluate"]:
+            return _evaluate(tyro.cli(Evaluate, prog="python -m model_export evaluate", args=arguments[1:]))
         elif arguments[:1] == ["speed"]:
             _speed(tyro.cli(Speed, prog="python -m model_export speed", args=arguments[1:]))
         else:
@@ -86,6 +108,19 @@ def _inspect(command: Inspect) -> None:
         from model_export.figure import draw
 
         draw(command.bundle, command.figure)
+
+
+def _evaluate(command: Evaluate) -> int:
+    from model_export.evaluate import evaluate, table, to_json  # as above
+    from training.run import write_json
+
+    figures = evaluate(command.bundles, command.texts, command.data_dir, command.precisions)
+    print(table(figures))
+    if command.output:
+        write_json(command.output, to_json(figures))
+    if wrong := [one for one in figures if one.differs]:
+        print(f"model_export: {len(wrong)} of {len(figures)} differ from what the manifest says", file=sys.stderr)
+    return int(bool(wrong))
 
 
 def _speed(command: Speed) -> None:

@@ -98,22 +98,26 @@ def calibration_error(probabilities_NC: FloatArray, truth_N: IntArray) -> float:
     return sum(one.texts * abs(one.accuracy - one.confidence) for one in bins(probabilities_NC, truth_N)) / len(truth_N)
 
 
+def exits(probabilities_RNC: FloatArray, threshold: float) -> IntArray:
+    """After which iteration each text leaves, (N,) from 0: the first whose best probability reaches it; 1: the last."""
+    leaves_RN = (probabilities_RNC.max(axis=-1) >= threshold) & (threshold < 1)
+    leaves_RN[-1] = True
+    return np.asarray(leaves_RN.argmax(axis=0))
+
+
 def exit_curve(probabilities_RNC: FloatArray, truth_N: IntArray) -> list[ExitPoint]:
-    """What each threshold brings when a text leaves at the first iteration whose best probability reaches it."""
+    """What each threshold brings."""
     right_RN = probabilities_RNC.argmax(axis=-1) == truth_N
-    last = len(probabilities_RNC) - 1
     points = []
     for threshold in THRESHOLDS:
-        leaves_RN = (probabilities_RNC.max(axis=-1) >= threshold) & (threshold < 1)
-        leaves_RN[last] = True
-        exit_N = leaves_RN.argmax(axis=0)
+        exit_N = exits(probabilities_RNC, threshold)
         right_N = right_RN[exit_N, np.arange(len(truth_N))]
         points.append(
             ExitPoint(
                 threshold=threshold,
                 accuracy=float(right_N.mean()),
                 mean_iterations=float(exit_N.mean()) + 1,
-                changed=int((right_N != right_RN[last]).sum()),
+                changed=int((right_N != right_RN[-1]).sum()),
             )
         )
     return points

@@ -66,7 +66,12 @@ def open_splits(
             has = f"{other.name} has labels {', '.join(other.labels)}"
             raise ExportError(f"{has}, the run {', '.join(dataset.labels)}: it cannot be judged there")
         examples |= other.finals
+    return gather(examples, dataset.labels, tokenizer, max_tokens)
+
+
+def gather(examples: Mapping[str, Examples], labels: Sequence[str], tokenizer: Tokenizer, max_tokens: int) -> Splits:
+    """Splits by name, each of their distinct texts tokenized once."""
     texts = list(dict.fromkeys(text for part in examples.values() for text in part.texts))
     place_of = {text: place for place, text in enumerate(texts)}
     places = {split: [place_of[text] for text in part.texts] for split, part in examples.items()}
-    return Splits(examples, dataset.labels, encode(tokenizer, texts, max_tokens), places)
+    return Splits(examples, labels, encode(tokenizer, texts, max_tokens), places)

@@ -128,6 +128,26 @@ def test_quality_is_the_manifests() -> None:
             assert re.search(rf"^\| {architecture} .*{precision}.*\| {re.escape(shown)} \|", README, flags=re.MULTILINE)
 
 
+def test_exits_and_calibration_are_the_manifests() -> None:
+    sentiment, domain = (
+        json.loads((ROOT / f"models/{task}-recurrent/manifest.json").read_text())["calibration"]
+        for task in ("sentiment", "domain")
+    )
+    threshold = sentiment["exit_threshold"]
+    assert f"the model's: recurrent {threshold:g}, for `domain` {domain['exit_threshold']:g} |" in README
+    part = " ".join(
+        README[README.index("Probabilities are calibrated") : README.index("Errors are `application")].split()
+    )
+    first, last = sentiment["ece"]["fp32"]
+    assert f"after its first iteration from {first['before']:.3f} to {first['after']:.3f}" in part
+    assert f"{last['before']:.2f}" == f"{last['after']:.2f}"
+    assert f"after its last it is {last['after']:.2f} with it and" in part
+    curves = sentiment["exit_curve"].values()
+    points = [point for curve in curves for point in curve if point["threshold"] == threshold]
+    assert f"this saves {1 - max(point['mean_iterations'] for point in points) / 2:.0%} of".replace("%", " %") in part
+    assert not any(point["changed"] for point in points) and "changes no answer" in part
+
+
 def test_quality_on_other_splits_is_the_manifests() -> None:
     part = README[README.index("| accuracy / macro F1") : README.index("The `sentiment` models learned")]
     shown = [line.split(" | ", 1)[1].rstrip(" |") for line in part.strip().splitlines()[2:]]

@@ -13,6 +13,7 @@ import pytest
 import model_export.package
 from model_export.card import README, render
 from model_export.errors import ExportError
+from model_export.evaluate import evaluate
 from model_export.judge import Splits, open_splits
 from model_export.package import ExportOptions, export
 from model_export.parity import Tolerances
@@ -161,3 +162,10 @@ def test_a_text_is_learned_and_judged_from_the_tokens_that_it_is_served_with(
     architecture: Architecture = "recurrent" if bundle.manifest.architecture == "recurrent" else "baseline"
     tokenizer = read_tokenizer(run_dirs[architecture])
     assert encode(tokenizer, [text], tiny.MAX_TOKENS) == [bundle.tokenizer.encode(text).ids]
+
+
+def test_what_a_manifest_reports_can_be_measured_anew(judged: Bundle, two_sets: Path) -> None:
+    found = evaluate([judged.path], None, two_sets, ())
+    assert {one.split: one.iterations for one in found} == {
+        split: by_precision["int8"] for split, by_precision in judged.manifest.quality.items()
+    }

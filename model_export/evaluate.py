@@ -1,0 +1,194 @@
+"""How good a bundle is, measured anew: what its manifest says, or what it is worth on texts of one's own."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model_export.calibrate import exits, probabilities
+from model_export.errors import ExportError
+from model_export.judge import Splits, gather, open_splits
+from service.bundle import Bundle, load_bundle
+from service.engine import open_engine
+from service.manifest import Quality, StoredPrecision
+from training.data import load_dataset
+from training.examples import Columns, read_examples
+
+THREADS = 1
+MANIFEST_TOLERANCE = 0.002
+"""Accuracy (0 to 1): a CPU with other instructions rounds otherwise, which turns a text or two."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One precision of a bundle on one split; `right` tells for each text whether it was, as served by default."""
+
+    bundle: str
+    precision: StoredPrecision
+    split: str
+    iterations: list[Quality]
+    exit_threshold: float | None
+    mean_iterations: float
+    right: NDArray[np.bool_] = field(repr=False)
+    manifest: list[Quality] | None
+
+    @property
+    def accuracy(self) -> float:
+        """As served by default, texts leaving early."""
+        return float(self.right.mean())
+
+    @property
+    def differs(self) -> bool:
+        """Whether the manifest says another accuracy of any iteration."""
+        said = self.manifest or self.iterations
+        return any(
+            abs(one.accuracy - other.accuracy) > MANIFEST_TOLERANCE
+            for one, other in zip(self.iterations, said, strict=True)
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "bundle": self.bundle,
+            "precision": self.precision,
+            "split": self.split,
+            "texts": len(self.right),
+            "iterations": [one.model_dump() for one in self.iterations],
+            "as_served": {
+                "exit_threshold": self.exit_threshold,
+                "accuracy": self.accuracy,
+                "mean_iterations": self.mean_iterations,
+            },
+            "manifest": self.manifest and [one.model_dump() for one in self.manifest],
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How much more accurate one bundle is than another on the same texts, with its standard error (both 0 to 1)."""
+
+    bundle: str
+    other: str
+    precision: StoredPrecision
+    split: str
+    difference: float
+    standard_error: float
+
+
+def evaluate(
+    paths: Sequence[Path], texts: Path | None, data_dir: Path | None, precisions: Sequence[StoredPrecision]
+) -> list[Figures]:
+    """Every stored precision (of those asked for, if any) on every split: those of the manifest, or the file `texts`.
+
+    Raises ExportError, BundleError, TrainingError.
+    """
+    found: list[Figures] = []
+    for bundle in map(load_bundle, paths):
+        chosen = [name for name in bundle.manifest.precisions if not precisions or name in precisions]
+        if not chosen:
+            has = ", ".join(bundle.manifest.precisions)
+            raise ExportError(f"{bundle.path} has no {' or '.join(precisions)}; it has {has}")
+        splits = _own(bundle, texts) if texts else _reported(bundle, data_dir)
+        for name in chosen:
+            found += _measure(bundle, name, splits)
+    return found
+
+
+def _own(bundle: Bundle, texts: Path) -> Splits:
+    labels = bundle.manifest.labels
+    examples = {texts.name: read_examples(texts, labels, Columns())}
+    return gather(examples, labels, bundle.tokenizer, bundle.manifest.max_tokens)
+
+
+def _reported(bundle: Bundle, data_dir: Path | None) -> Splits:
+    """The splits that the manifest reports, and no other."""
+    manifest = bundle.manifest
+    dataset = load_dataset(manifest.training.dataset, data_dir)
+    # What judges another data set is called after it: "imdb validation".
+    others = dict.fromkeys(split.rpartition(" ")[0] for split in manifest.quality if split not in dataset.judged)
+    return open_splits(dataset, list(others), data_dir, bundle.tokenizer, manifest.max_tokens)
+
+
+def _measure(bundle: Bundle, precision: StoredPrecision, splits: Splits) -> Iterator[Figures]:
+    manifest = bundle.manifest
+    engine = open_engine(bundle, provider="auto", precision=precision, threads=THREADS)
+    logits, threshold = splits.run(engine, manifest.iterations), manifest.calibration.exit_threshold
+    for split, quality in splits.quality(logits).items():
+        likely_RNC = probabilities(logits[split], manifest.calibration.temperatures)
+        exit_N = exits(likely_RNC, 1.0 if threshold is None else threshold)
+        answer_N = likely_RNC.argmax(-1)[exit_N, np.arange(len(exit_N))]
+        yield Figures(
+            bundle=bundle.path.name,
+            precision=precision,
+            split=split,
+            iterations=quality,
+            exit_threshold=threshold,
+            mean_iterations=float(exit_N.mean()) + 1,
+            right=answer_N == np.array(splits.examples[split].labels),
+            manifest=manifest.quality.get(split, {}).get(precision),
+        )
+
+
+def compare(figures: Sequence[Figures]) -> list[Comparison]:
+    """Each bundle against those named after it, wherever both answered the same texts; as served by default.
+
+    Both answer the same texts, so only those count of which one is right and the other wrong: with b and c of them
+    among N the difference is (b - c) / N, its standard error sqrt(b + c - (b - c)^2 / N) / N (McNemar 1947).
+    """
+    found = []
+    for place, one in enumerate(figures):
+        for other in figures[place + 1 :]:
+            same_texts = (one.split, one.precision) == (other.split, other.precision)
+            if one.bundle != other.bundle and same_texts and len(one.right) == len(other.right):
+                found.append(_compare(one, other))
+    return found
+
+
+def _compare(one: Figures, other: Figures) -> Comparison:
+    better, worse = int((one.right & ~other.right).sum()), int((other.right & ~one.right).sum())
+    texts = len(one.right)
+    spread = math.sqrt(better + worse - (better - worse) ** 2 / texts) / texts
+    return Comparison(one.bundle, other.bundle, one.precision, one.split, (better - worse) / texts, spread)
+
+
+def table(figures: Sequence[Figures]) -> str:
+    """The figures for a terminal; below them how far the bundles are apart."""
+    head = ("bundle", "", "split", "texts", "accuracy at each iteration", "as served", "iterations", "manifest")
+    rows = [head, *map(_row, figures)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    if comparisons := compare(figures):
+        lines += ["", "accuracy as served, in points, with its standard error:"]
+        lines += [
+            f"  {one.bundle} against {one.other}, {one.precision}, {one.split}: "
+            f"{100 * one.difference:+.2f} +- {100 * one.standard_error:.2f}"
+            for one in comparisons
+        ]
+    return "\n".join(lines)
+
+
+def _row(one: Figures) -> tuple[str, ...]:
+    said = "-"
+    if one.manifest:
+        said = ", ".join(f"{quality.accuracy:.4f}" for quality in one.manifest) + " DIFFERS" * one.differs
+    return (
+        one.bundle,
+        one.precision,
+        one.split,
+        f"{len(one.right):,}",
+        ", ".join(f"{quality.accuracy:.4f}" for quality in one.iterations),
+        f"{one.accuracy:.4f}",
+        f"{one.mean_iterations:.2f}",
+        said,
+    )
+
+
+def to_json(figures: Sequence[Figures]) -> dict[str, Any]:
+    """Everything that `table` shows, with macro F1, precision and recall."""
+    return {
+        "figures": [one.to_json() for one in figures],
+        "comparisons": [asdict(one) for one in compare(figures)],
+    }
