@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import sys
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import Any, TextIO, cast
 
 import structlog
 
+from service.log_lines import LogLines
+
+DRAIN_SECONDS = 1.0
+"""How long the end of a process waits for a reader of its log."""
 # Probes and scrapes: asked every few seconds, so logged at debug only.
 QUIET_PATHS = frozenset({"/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"})
 
@@ -36,7 +42,11 @@ class Call:
 
 
 def configure_logs(level: str) -> None:
-    """Send structlog's and the standard library's records (uvicorn's too) to stdout as JSON lines."""
+    """Send structlog's and the standard library's records (uvicorn's too) to stdout as JSON lines.
+
+    A process that ends by `os._exit` calls `drain_logs` before.
+    """
+    atexit.register(drain_logs)
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
@@ -46,15 +56,25 @@ def configure_logs(level: str) -> None:
     structlog.configure(
         processors=[*shared, *render],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.WriteLoggerFactory(sys.stdout),
+        logger_factory=structlog.WriteLoggerFactory(cast(TextIO, _stdout())),
         cache_logger_on_first_use=True,
     )
-    handler = logging.StreamHandler(sys.stdout)
+    handler = logging.StreamHandler(_stdout())
     remove_meta = structlog.stdlib.ProcessorFormatter.remove_processors_meta
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(processors=[remove_meta, *render], foreign_pre_chain=shared)
     )
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
+
+
+@cache
+def _stdout() -> LogLines:
+    return LogLines(sys.stdout.fileno())
+
+
+def drain_logs() -> None:
+    """Wait, not for long, until every line is written."""
+    _stdout().drain(DRAIN_SECONDS)
 
 
 def write_call(call: Call) -> None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from service.runtime import Runtime
@@ -121,7 +121,7 @@ def _obey(link: Link, runtime: Runtime) -> None:
     runtime.leave_port()
     os.kill(os.getpid(), signal.SIGTERM)  # for when there is no server yet
     time.sleep(runtime.settings.drain_seconds + ORPHAN_SECONDS)
-    os._exit(1)
+    _exit(1)
 
 
 def _reload_when_told(runtime: Runtime, wanted: threading.Event) -> None:
@@ -156,7 +156,13 @@ def end_at_once(number: int, frame: FrameType | None) -> None:
     os._exit(0)
 
 
+def _exit(status: int) -> NoReturn:
+    """Past the interpreter's own end, which an engine that hangs could hold up."""
+    from service.logs import drain_logs
+
+    drain_logs()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    os._exit(status)  # past the interpreter's own end, which an engine that hangs could hold up
+    _exit(main())
