@@ -46,6 +46,7 @@ def _all_rounds(options: Options) -> list[Round]:
 
             def passed(seconds: float, end: float = each * (done + 1)) -> None:
                 progress.update(min(seconds, end - progress.n))
+                progress.refresh()  # the time goes on, also where a search takes longer than the bar thought
 
             rounds.append(run(name, number, options, passed))
             progress.update(each * (done + 1) - progress.n)
