@@ -33,6 +33,7 @@ class Figures:
     iterations: list[Quality]
     exit_threshold: float | None
     mean_iterations: float
+    texts: list[str] = field(repr=False)
     right: NDArray[np.bool_] = field(repr=False)
     manifest: list[Quality] | None
 
@@ -55,7 +56,7 @@ class Figures:
             "bundle": self.bundle,
             "precision": self.precision,
             "split": self.split,
-            "texts": len(self.right),
+            "texts": len(self.texts),
             "iterations": [one.model_dump() for one in self.iterations],
             "as_served": {
                 "exit_threshold": self.exit_threshold,
@@ -127,6 +128,7 @@ def _measure(bundle: Bundle, precision: StoredPrecision, splits: Splits) -> Iter
             iterations=quality,
             exit_threshold=threshold,
             mean_iterations=float(exit_N.mean()) + 1,
+            texts=splits.examples[split].texts,
             right=answer_N == np.array(splits.examples[split].labels),
             manifest=manifest.quality.get(split, {}).get(precision),
         )
@@ -141,17 +143,17 @@ def compare(figures: Sequence[Figures]) -> list[Comparison]:
     found = []
     for place, one in enumerate(figures):
         for other in figures[place + 1 :]:
-            same_texts = (one.split, one.precision) == (other.split, other.precision)
-            if one.bundle != other.bundle and same_texts and len(one.right) == len(other.right):
+            alike = (one.split, one.precision, one.texts) == (other.split, other.precision, other.texts)
+            if alike and one.bundle != other.bundle:
                 found.append(_compare(one, other))
     return found
 
 
 def _compare(one: Figures, other: Figures) -> Comparison:
     better, worse = int((one.right & ~other.right).sum()), int((other.right & ~one.right).sum())
-    texts = len(one.right)
-    spread = math.sqrt(better + worse - (better - worse) ** 2 / texts) / texts
-    return Comparison(one.bundle, other.bundle, one.precision, one.split, (better - worse) / texts, spread)
+    count = len(one.texts)
+    spread = math.sqrt(better + worse - (better - worse) ** 2 / count) / count
+    return Comparison(one.bundle, other.bundle, one.precision, one.split, (better - worse) / count, spread)
 
 
 def table(figures: Sequence[Figures]) -> str:
@@ -178,7 +180,7 @@ def _row(one: Figures) -> tuple[str, ...]:
         one.bundle,
         one.precision,
         one.split,
-        f"{len(one.right):,}",
+        f"{len(one.texts):,}",
         ", ".join(f"{quality.accuracy:.4f}" for quality in one.iterations),
         f"{one.accuracy:.4f}",
         f"{one.mean_iterations:.2f}",

@@ -169,6 +169,35 @@ def quality_rows(task: str) -> list[str]:
     ]
 
 
+def test_accuracy_as_served_is_what_the_command_wrote() -> None:
+    part = README[README.index("As they are served, in INT8") : README.index("So early exit, whose threshold")]
+    rows = served_rows("sentiment") + served_rows("domain")
+    assert [row[1:] for row in cells(part)[2:]] == rows
+    more = [float(row[-1].split(" ")[0]) for row in rows]
+    assert f"{min(more):.1f} to {max(more):.1f} points more accuracy on five sets" in PROSE
+
+
+def served_rows(task: str) -> list[list[str]]:
+    """Each split: its texts, recurrent's accuracy and iterations, baseline's accuracy, how far they are apart."""
+    written = json.loads((ROOT / f"docs/results/evaluate-{task}.json").read_text(encoding="utf-8"))
+    figures = {(one["bundle"], one["split"]): one for one in written["figures"] if one["precision"] == "int8"}
+    rows = []
+    for apart in (one for one in written["comparisons"] if one["precision"] == "int8"):
+        recurrent, baseline = (figures[f"{task}-{name}", apart["split"]] for name in ("recurrent", "baseline"))
+        for one in (recurrent, baseline):
+            assert one["iterations"][-1]["accuracy"] == one["manifest"][-1]["accuracy"]
+        rows.append(
+            [
+                f"{recurrent['texts']:,}",
+                f"{recurrent['as_served']['accuracy']:.4f}",
+                f"{recurrent['as_served']['mean_iterations']:.2f} of {len(recurrent['iterations'])}",
+                f"{baseline['as_served']['accuracy']:.4f}",
+                f"{100 * apart['difference']:+.2f} ± {100 * apart['standard_error']:.2f}",
+            ]
+        )
+    return rows
+
+
 def test_experiments_are_those_that_the_command_wrote() -> None:
     found = experiment_figures("transfer", "100 %")
     for name in ("data-size", "length", "yelp", "domain"):

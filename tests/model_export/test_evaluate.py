@@ -88,7 +88,8 @@ def test_texts_of_one_s_own(models_dir: Path, own: Path, tmp_path: Path, capsys:
 def figures(bundle: str, right: str, **changed: Any) -> Figures:
     quality = [Quality(accuracy=0.5, macro_f1=0.5)]
     right_N = np.array([letter == "+" for letter in right])
-    fields: dict[str, Any] = {"precision": "int8", "split": "test"} | changed
+    texts = [f"text {number}" for number in range(len(right))]
+    fields: dict[str, Any] = {"precision": "int8", "split": "test", "texts": texts} | changed
     fields |= {"iterations": quality, "exit_threshold": None, "mean_iterations": 1.0, "manifest": None}
     return Figures(bundle, right=right_N, **fields)
 
@@ -96,7 +97,8 @@ def figures(bundle: str, right: str, **changed: Any) -> Figures:
 def test_bundles_are_compared_where_they_answered_the_same_texts() -> None:
     one, other = figures("one", "+++--+++++"), figures("other", "---+-+++++")
     elsewhere, fewer = figures("else", "++++++++++", split="validation"), figures("fewer", "+++")
-    (found,) = compare([one, elsewhere, other, fewer, figures("one", "----------", precision="fp16")])
+    its_own = figures("its own", "++++++++++", texts=[f"another {number}" for number in range(10)])
+    (found,) = compare([one, elsewhere, its_own, other, fewer, figures("one", "----------", precision="fp16")])
     assert (found.bundle, found.other) == ("one", "other")
     assert found.difference == pytest.approx((3 - 1) / 10)
     each = one.right.astype(float) - other.right
