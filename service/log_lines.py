@@ -31,7 +31,7 @@ class LogLines(io.TextIOBase):
         self._lines: deque[str] = deque()
         self._lost = 0
         self._changed = threading.Condition()
-        self._busy = self._draining = False
+        self._busy = self._draining = self._torn = False
         threading.Thread(target=self._write_all, name="log", daemon=True).start()
 
     def write(self, text: str) -> int:
@@ -79,12 +79,19 @@ class LogLines(io.TextIOBase):
             lost, self._lost = self._lost, 0
         try:
             if lost:
-                _write(self._descriptor, _report(lost))
+                self._write_whole(_report(lost))
                 lost = 0
-            _write(self._descriptor, b"".join(lines))
+            self._write_whole(b"".join(lines))
         except OSError:
             with self._changed:
                 self._lost += lost + len(lines)
+
+    def _write_whole(self, data: bytes) -> None:
+        if self._torn:
+            data = b"\n" + data  # what a full disk has cut is one line, and this another
+        while data:
+            data = data[os.write(self._descriptor, data) :]
+            self._torn = bool(data)
 
 
 def _chunks(lines: list[str]) -> Iterator[list[bytes]]:
@@ -98,11 +105,6 @@ def _chunks(lines: list[str]) -> Iterator[list[bytes]]:
         chunk.append(data)
         size += len(data)
     yield chunk
-
-
-def _write(descriptor: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]
 
 
 def _report(lost: int) -> bytes:

@@ -108,6 +108,20 @@ def test_what_cannot_be_written_is_lost_and_said_when_it_can_be_again(tmp_path: 
     assert kept == "kept"
 
 
+def test_a_line_that_was_cut_spoils_no_other(pipe: tuple[int, int]) -> None:
+    reader, writer = pipe
+    os.set_blocking(writer, False)  # so that what does not fit is cut, as by a disk that becomes full
+    lines = LogLines(writer)
+    lines.write("x" * (1 << 20) + "\n")
+    lines.drain(SECONDS)
+    cut = os.read(reader, 1 << 20).decode()
+    lines.write("whole\n")
+    lines.drain(SECONDS)
+    nothing, report, whole = os.read(reader, 1 << 20).decode().splitlines()
+    assert set(cut) == {"x"}
+    assert (nothing, json.loads(report)["lines"], whole) == ("", 1, "whole")
+
+
 def test_nobody_who_reads_the_log_any_more(pipe: tuple[int, int]) -> None:
     reader, writer = pipe
     lines = LogLines(writer)
