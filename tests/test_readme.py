@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 from fastapi.testclient import TestClient
@@ -212,6 +213,18 @@ def test_experiments_are_those_that_the_command_wrote() -> None:
     for row, test, figures in shown:
         where = row.removeprefix("SST-2, "), test
         assert figures == f"{found[*where, 'baseline']} | {found[*where, 'recurrent']}"
+
+
+def test_what_the_second_iteration_brings_is_what_the_command_wrote() -> None:
+    results = json.loads((ROOT / "docs/results/recurrence.json").read_text(encoding="utf-8"))["results"]
+    accuracy = {
+        (test, model): fmean(one.last["accuracy"] for one in several)
+        for (_, test, model), several in groups([Result(**one) for one in results]).items()
+    }
+    tests = ("random test part", "official validation")
+    more = [f"{100 * (accuracy[test, 'recurrent'] - accuracy[test, 'recurrent, once']):.1f}" for test in tests]
+    assert f": {' and '.join(more)} points, and none)" in README
+    assert all(accuracy[test, "recurrent"] >= accuracy[test, "baseline 256"] for test in tests)
 
 
 def experiment_figures(name: str, row: str | None = None) -> dict[tuple[str, str, str], str]:
