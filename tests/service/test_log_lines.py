@@ -36,7 +36,7 @@ def pipe() -> Iterator[tuple[int, int]]:
 
 def read_lines(descriptor: int, enough: Callable[[list[str]], bool]) -> list[str]:
     data, deadline = b"", time.monotonic() + SECONDS
-    while not enough(data.decode().splitlines()):
+    while not (data.endswith(b"\n") and enough(data.decode().splitlines())):  # not in the middle of a line
         assert time.monotonic() < deadline
         data += os.read(descriptor, 1 << 20)
     return data.decode().splitlines()
