@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests import tiny
 from tests.tiny import Architecture
+
+hypothesis.settings.register_profile("any machine", deadline=None)  # its speed is not what is tested
+hypothesis.settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")

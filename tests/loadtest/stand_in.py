@@ -2,7 +2,7 @@
 
 FAULT in its environment makes it misbehave, in one way or, after commas, several: `start` (ends at once), `unready`,
 `stop` (ends with 3 on SIGTERM), `deaf` (ignores SIGTERM), `refuse` (429 for every fifth request), `other` (answers from
-an architecture that was not asked for), `stall` (nobody is answered for STALL_SECONDS after the fiftieth request),
+an architecture that was not asked for), `stall` (nobody is answered for STALL_SECONDS after the twentieth request),
 `uncounted` (its metrics do not count requests). With KEY in its environment it asks for that API key. Its memory is
 50 MB, but 60 MB at the third scrape.
 """
@@ -66,7 +66,7 @@ class Handler(BaseHTTPRequestHandler):
         texts = request["inputs"] if isinstance(request["inputs"], list) else [request["inputs"]]
         number = next(served)
         with turn:
-            if "stall" in FAULTS and number == 50:
+            if "stall" in FAULTS and number == 20:
                 time.sleep(STALL_SECONDS)
         if not self.knows_key():
             self.answer(401, json.dumps({"status": 401, "code": "unauthorized"}))

@@ -165,7 +165,7 @@ def running(fake: Fake) -> Iterator[TestClient]:
                 engine.gate.set()
 
 
-def wait_until(condition: Any, seconds: float = 10.0) -> None:
+def wait_until(condition: Any, seconds: float = 60.0) -> None:
     """Wait for something that another thread brings about."""
     until = time.monotonic() + seconds
     while not condition():

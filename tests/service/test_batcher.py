@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
@@ -32,7 +33,7 @@ from service.errors import (
 from service.jobs import Answer, Drop, Exit, Job, Pace, Pool, Text, Waiting
 from tests.service.fakes import FakeEngine, FloatArray, wait_until
 
-SECONDS = 10.0
+SECONDS = 30.0
 
 
 ROWS = st.tuples(
@@ -108,7 +109,7 @@ def running(
     queue_texts: int = 100,
     queue_tokens: int = 100_000,
     queue_seconds: float = 1000.0,
-    brown_out_seconds: float = SECONDS,
+    brown_out_seconds: float = math.inf,
     temperatures: Sequence[float] = (1.0,),
     pace: Pace | None = None,
 ) -> Iterator[Setup]:
@@ -159,7 +160,7 @@ def expected_logits(ids: Sequence[int], iterations: int) -> FloatArray:
     return logits_BC[0]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     st.lists(
         st.lists(st.tuples(st.lists(st.integers(0, 255), min_size=1, max_size=40), st.integers(1, 4)), min_size=1),
@@ -651,7 +652,7 @@ def test_a_short_queue_cuts_nobody() -> None:
 
 
 def test_who_allows_it_is_answered_before_its_deadline_with_what_there_is() -> None:
-    with running(Slow(), brown_out_seconds=1000.0) as setup:
+    with running(Slow()) as setup:
         for _ in range(30):  # the time of an iteration is learnt
             answers(setup.submit(text(1)))
         started = time.monotonic()
@@ -665,10 +666,10 @@ def test_who_allows_it_is_answered_before_its_deadline_with_what_there_is() -> N
 def test_who_allows_it_is_answered_before_its_deadline_though_it_waits_for_its_next_turn() -> None:
     with running(Slow(), batch_tokens=1) as setup:
         started = time.monotonic()
-        willing = setup.submit(text(1, iterations=50, may_be_cut=True), seconds=1.0)
+        willing = setup.submit(text(1, iterations=50, may_be_cut=True), seconds=2.0)
         others = setup.submit(*[text(2)] * 60)  # each a turn of its own, more urgent than what is left of the first
         (answer,) = answers(willing)
-        assert time.monotonic() < started + 1.0
+        assert time.monotonic() < started + 2.0
         others.abandon("client")
     assert (answer.iterations, answer.exit) == (1, "deadline")
     np.testing.assert_array_equal(answer.logits, expected_logits([1], 1))

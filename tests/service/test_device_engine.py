@@ -17,7 +17,7 @@ from service.engine import open_engine
 from tests import tiny
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_states_on_the_device_change_nothing(models_dir: Path, data: st.DataObject) -> None:
     bundle = load_bundle(models_dir / f"{tiny.DATASET}-recurrent")

@@ -30,7 +30,7 @@ FloatArray = NDArray[np.float32]
 SHIPPED = Path(__file__).resolve().parents[2] / "models"
 TOLERANCE = 1e-5
 DEPTH = 3  # one more than the recurrent model is trained for
-SEVERAL = settings(deadline=None, max_examples=30)  # no deadline: the machine's speed is not what is tested
+SEVERAL = settings(max_examples=30)
 
 
 @cache
@@ -78,7 +78,7 @@ def test_being_batched_changes_nothing(
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-@settings(deadline=None, max_examples=6)
+@settings(max_examples=3)
 @given(data=st.data())
 def test_being_batched_changes_nothing_for_the_shipped_models(
     architecture: str, precision: Precision, data: st.DataObject

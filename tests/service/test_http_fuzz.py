@@ -71,7 +71,7 @@ def test_the_openapi_document_is_true(api: BaseSchema, mode: GenerationMode) -> 
     for operation in operations:
 
         @given(operation.as_strategy(generation_mode=mode))
-        @settings(max_examples=60 if operation.body else 5, deadline=None, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=60 if operation.body else 5, suppress_health_check=list(HealthCheck))
         def check(case: Any) -> None:
             aim(case)
             response = case.call()
@@ -84,14 +84,14 @@ def test_the_openapi_document_is_true(api: BaseSchema, mode: GenerationMode) -> 
 
 
 @given(JSON | FIELDS | FIELDS.map(lambda fields: {"inputs": ["a", "b"], **fields}))
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_json_gives_a_5xx(client: TestClient, body: object) -> None:
     answer = client.post("/classify", content=json.dumps(body))
     assert answer.status_code in (200, 400, 404, 422), answer.text
 
 
 @given(st.lists(st.text().filter(lambda text: text.strip() != ""), min_size=1, max_size=6))
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_text_gets_its_own_answer(client: TestClient, texts: list[str]) -> None:
     together = client.post("/classify", json={"inputs": texts})
     assert together.status_code == 200, together.text

@@ -6,6 +6,7 @@ import gc
 import json
 import signal
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
@@ -101,10 +102,11 @@ def test_what_a_deadline_ended_is_not_counted_as_left_by_its_client() -> None:
     with live() as served, ThreadPoolExecutor(20) as pool:
         served.fake.recurrent.gate.clear()
         bodies = [{"inputs": "a", "deadline_ms": 20 + 0.37 * number} for number in range(60)]
-        answers = pool.map(lambda body: served.ask("POST", "/classify", body)[0], bodies)
-        assert set(answers) == {504}
+        answers = Counter(pool.map(lambda body: served.ask("POST", "/classify", body)[0], bodies))
+        assert answers[504]
+        assert answers.keys() <= {504, 429}  # which those get who would hardly be in time
         model = {"architecture": "recurrent", "task": "sentiment"}
-        assert served.count("refrain_dropped_texts_total", reason="deadline", **model) == 60
+        assert served.count("refrain_dropped_texts_total", reason="deadline", **model) == answers[504]
         assert served.count("refrain_dropped_texts_total", reason="client", **model) == 0
 
 

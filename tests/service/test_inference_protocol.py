@@ -346,7 +346,7 @@ OF_TENSOR = st.sampled_from(["name", "shape", "datatype", "data", "parameters", 
 
 
 @given(MEMBERS, OF_TENSOR, JSON)
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_json_gives_a_5xx(client: TestClient, members: dict[str, Any], member: str, value: object) -> None:
     for body in (members, {"inputs": [tensor(["a"])], **members}, {"inputs": [tensor(["a"], **{member: value})]}):
         answer = client.post(f"{MODEL}/infer", content=json.dumps(body))

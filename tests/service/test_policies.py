@@ -270,7 +270,7 @@ def test_a_cascade_whose_second_is_late_rather_has_its_first_s_answers_where_tha
         text = setup.unsure()[0]
         (alone,) = setup.results(text, architecture="recurrent")
         setup.baseline.gate.clear()
-        assert setup.results(text, deadline_ms=100, allow_fewer_iterations=True) == [{**alone, "degraded": True}]
+        assert setup.results(text, deadline_ms=1000, allow_fewer_iterations=True) == [{**alone, "degraded": True}]
         assert setup.batcher("baseline").queue_depth == 0
         assert setup.count("refrain_cascade_total", decided_by="recurrent", task="sentiment") == 1
 
@@ -412,6 +412,7 @@ def test_a_shadow_begins_only_when_nobody_is_served_and_is_dropped_when_that_tak
             setup.results(["a", "b"])
             wait_until(lambda: setup.shadows("dropped") == 2)
         assert setup.baseline.steps == 0
+        monkeypatch.undo()
         setup.results("c")
         wait_until(lambda: setup.shadows("agree") == 1)
 

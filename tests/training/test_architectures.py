@@ -52,7 +52,7 @@ def test_the_recurrent_model_is_at_least_64_percent_smaller() -> None:
 
 @pytest.mark.parametrize("models", [MODELS, POOLED_BY_FIRST], ids=["mean", "first"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(lengths=st.lists(st.integers(1, MAX_TOKENS), min_size=1, max_size=6), seed=st.integers(0, 1000))
 @torch.inference_mode()
 def test_a_text_gets_the_same_logits_alone_and_padded_at_every_iteration(

@@ -179,7 +179,7 @@ def stopped(command: list[str], begun: Path, number: signal.Signals) -> tuple[in
     """Sends the signal once the training has written the file; its exit status and complaints."""
     training = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     try:
-        give_up = time.monotonic() + 60
+        give_up = time.monotonic() + 150
         while not (begun.exists() and begun.stat().st_size) and training.poll() is None and time.monotonic() < give_up:
             time.sleep(0.05)
         training.send_signal(number)
