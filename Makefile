@@ -24,7 +24,7 @@ serve: $(SERVE)/ready ## Set up and serve the bundles in models/ on http://127.0
 	exec $(SERVE)/bin/python -m service
 
 test: $(DEV)/ready ## Set up and run every test but those that deploy
-	$(DEV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	$(DEV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 test-deploy: $(DEV)/ready ## Test the deployment, with the real Prometheus where it is installed
 	$(DEV)/bin/python -m pytest -m "" tests/deploy
