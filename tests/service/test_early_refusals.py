@@ -210,7 +210,7 @@ def test_a_refused_connection_may_idle() -> None:
 
 @pytest.mark.parametrize(("rest", "status"), [(b"", 408), (asking()[-3:], 429)])
 def test_a_body_that_takes_its_time_has_as_long_as_any(rest: bytes, status: int) -> None:
-    with full(client_seconds=0.3, body_seconds=1.5) as served, served.send(asking()[:-3]) as slow:
+    with full(client_seconds=0.3, body_seconds=3) as served, served.send(asking()[:-3]) as slow:
         time.sleep(0.9)  # longer than a head may take
         slow.sendall(rest)
         assert reply(slow).status == status
