@@ -61,9 +61,10 @@ def make_accelerator(config: RunConfig) -> Accelerator:
 
 
 def run_loop(config: RunConfig, accelerator: Accelerator, objective: Objective[Any]) -> Path:
-    loop = Loop(config, accelerator, objective)
-    with stop_on_signal() as asked_to_stop, _attention_kernel(accelerator):
-        loop.run(asked_to_stop)
+    with runs.hold(config.output_dir) if accelerator.is_main_process else nullcontext():
+        loop = Loop(config, accelerator, objective)
+        with stop_on_signal() as asked_to_stop, _attention_kernel(accelerator):
+            loop.run(asked_to_stop)
     accelerator.end_training()
     return config.output_dir
 

@@ -7,16 +7,19 @@ last.pt             the latest checkpoint: weights, optimiser, progress (tensors
 metrics.jsonl       a line per log interval and per validation
 teacher.safetensors what the teachers say of each training text, where there are some
 evaluation.json     what `evaluate` found
+lock                held by the training that is at work here; by itself it means nothing
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError  # what torch.load raises; nothing is unpickled
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from tokenizers import Tokenizer
@@ -27,8 +30,8 @@ from training.architectures.encoder import Encoder
 from training.errors import TrainingError
 from training.shapes import EncoderConfig
 
-WEIGHTS, LAST, CONFIG, TOKENIZER, METRICS = (
-    "model.safetensors", "last.pt", "config.json", "tokenizer.json", "metrics.jsonl",
+WEIGHTS, LAST, CONFIG, TOKENIZER, METRICS, LOCK = (
+    "model.safetensors", "last.pt", "config.json", "tokenizer.json", "metrics.jsonl", "lock",
 )  # fmt: skip
 LINEAR = "linear"
 """The architecture of a run that is no network: it has no tokenizer, and nothing to begin from or to export."""
@@ -134,6 +137,19 @@ def _read_weights(run: Path, model: Encoder, instead: Mapping[str, Tensor]) -> E
         reason = " ".join(str(error).split())
         raise TrainingError(f"{path} does not hold weights of this shape: {reason}") from error
     return model
+
+
+@contextmanager
+def hold(run: Path) -> Iterator[None]:
+    """Keeps other trainings out of a run until the block ends, or the process; TrainingError where one is in there."""
+    try:
+        held = FileLock(run / LOCK).acquire(blocking=False)
+    except Timeout as error:
+        raise TrainingError(
+            f"another training is at work in {run}: let it end, or choose another --output-dir"
+        ) from error
+    with held:
+        yield
 
 
 def write_checkpoint(run: Path, checkpoint: Mapping[str, Any]) -> None:

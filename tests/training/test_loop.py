@@ -197,6 +197,16 @@ def test_a_run_with_other_options_is_not_resumed(run: Path, easy_dir: Path) -> N
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
+def test_two_trainings_never_work_in_one_run(easy_dir: Path, tmp_path: Path) -> None:
+    config = tiny_config(easy_dir, tmp_path / "run", num_epochs=1)
+    train(config)
+    before = {path.name: path.read_bytes() for path in config.output_dir.iterdir()}
+    with runs.hold(config.output_dir), pytest.raises(TrainingError, match=r"another training is at work in .*run: let"):
+        train(config)
+    assert {path.name: path.read_bytes() for path in config.output_dir.iterdir()} == before
+    assert train(config) == config.output_dir
+
+
 def test_a_run_goes_on_with_the_texts_that_it_was_begun_with_wherever_they_lie(run: Path, tmp_path: Path) -> None:
     def go_on(into: str, data: Path) -> Path:
         again = shutil.copytree(run, tmp_path / into)
