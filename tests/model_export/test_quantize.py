@@ -86,6 +86,51 @@ def test_a_product_with_measured_ranges_is_close_to_the_one_in_floating_point() 
     assert np.abs(found - exact).max() > 0
 
 
+def test_a_product_is_that_of_the_integers_times_both_scales() -> None:
+    rng = np.random.default_rng(5)
+    weight, hidden = (rng.standard_normal(shape).astype(np.float32) for shape in ((64, 5), (200, 64)))
+    found = ActivationRange(-2.0, 3.0)
+    scale = np.float32(found.scale)
+    rows = np.clip(np.rint(hidden / scale) + found.zero_point, 0, 255).astype(np.int32) - found.zero_point
+    integers, scales = quantize_columns(weight)
+    by_hand = (rows @ integers.astype(np.int32)).astype(np.float32) * (scales * scale)
+    np.testing.assert_array_equal(
+        run(quantize_step(product(weight), {"hidden": found}), {"hidden": hidden})[0], by_hand
+    )
+
+
+@pytest.mark.parametrize("axis", [-1, 1])
+@pytest.mark.parametrize("also_whole", [False, True])
+def test_a_product_that_is_only_split_is_computed_in_parts(axis: int, also_whole: bool) -> None:
+    rng = np.random.default_rng(6)
+    weight, hidden = (rng.standard_normal(shape).astype(np.float32) for shape in ((16, 6), (9, 16)))
+    ranges = {"hidden": ActivationRange(-2.0, 2.0)}
+    whole, model = product(weight), product(weight)
+    parts = ["first", "second", "third"]
+    model.graph.node.append(helper.make_node("Split", ["logits"], parts, axis=axis, num_outputs=3))
+    outputs = [helper.make_tensor_value_info(part, TensorProto.FLOAT, ["batch", 2]) for part in parts]
+    model.graph.value_info.append(model.graph.output.pop())
+    model.graph.output.extend(outputs)
+    if also_whole:
+        model.graph.node.append(helper.make_node("Neg", ["logits"], ["negative"]))
+        model.graph.output.append(helper.make_tensor_value_info("negative", TensorProto.FLOAT, ["batch", 6]))
+    quantized = quantize_step(model, ranges)
+    assert [node.op_type == "Split" for node in quantized.graph.node].count(True) == also_whole
+    found = run(quantized, {"hidden": hidden})[:3]
+    np.testing.assert_array_equal(np.hstack(found), run(quantize_step(whole, ranges), {"hidden": hidden})[0])
+
+
+def test_a_product_that_is_split_along_its_rows_stays_whole() -> None:
+    model = product(np.eye(4, dtype=np.float32))
+    model.graph.node.append(helper.make_node("Split", ["logits"], ["upper", "lower"], axis=0, num_outputs=2))
+    model.graph.value_info.append(model.graph.output.pop())
+    for part in ("upper", "lower"):
+        model.graph.output.append(helper.make_tensor_value_info(part, TensorProto.FLOAT, ["half", 4]))
+    hidden = np.arange(16, dtype=np.float32).reshape(4, 4) / 8
+    upper, lower = run(quantize_step(model, {"hidden": ActivationRange(-2.0, 2.0)}), {"hidden": hidden})
+    np.testing.assert_allclose(np.vstack([upper, lower]), hidden, atol=0.02)
+
+
 @pytest.mark.parametrize("width", [1, 7, 64, 448, 1001])
 def test_every_column_is_measured_whatever_the_width(width: int) -> None:
     """One column holds what no other does; of 448 columns every seventh value would be of 64 columns alone."""
@@ -109,7 +154,9 @@ def test_every_stored_weight_is_quantized_but_the_heads(fp32_graphs: Graphs, bun
     chosen = quantizable(fp32_graphs["step"])
     assert len(chosen) == 4  # query-key-value, attention's output, gate-up, down
     step = onnx.load(bundle.path / "int8/step.onnx")
-    assert [node.op_type for node in step.graph.node].count("MatMulInteger") == 4
+    kinds = [node.op_type for node in step.graph.node]
+    assert kinds.count("MatMulIntegerToFloat") == 7  # query, key, value; gate and up: in parts, so none is split
+    assert "Split" not in kinds
     assert not quantizable(step)
 
 
