@@ -68,7 +68,7 @@ TRANSLATIONS: Mapping[Callable[..., Any], Callable[..., Any]] = {
 
 
 def attach_functions(model: ModelProto) -> None:
-    """Gives a graph that uses the operators their bodies, so that it needs nothing but a standard runtime."""
+    """Gives a graph that uses the operators their bodies, so that a runtime need not know them."""
     del model.functions[:]
     model.functions.extend(_function_bodies())
     if not any(entry.domain == DOMAIN for entry in model.opset_import):

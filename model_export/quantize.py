@@ -119,9 +119,8 @@ def _even_split(graph: GraphProto, name: str) -> NodeProto | None:
     """What alone reads this value and cuts its last axis into equal parts, if anything does."""
     readers = [node for node in graph.node if name in node.input]
     ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in graph.value_info}
-    if len(readers) != 1 or readers[0].op_type != "Split" or len(readers[0].input) != 1:
-        return None
-    if any(output.name == name for output in graph.output):
+    shown = any(output.name == name for output in graph.output)
+    if shown or len(readers) != 1 or readers[0].op_type != "Split" or len(readers[0].input) != 1:
         return None
     axis = next((attribute.i for attribute in readers[0].attribute if attribute.name == "axis"), 0)
     return readers[0] if axis in (-1, ranks.get(name, 0) - 1) else None
