@@ -16,7 +16,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     arXiv 1910.07467.
     """
     wide = _widen(x)
-    return (wide * _inverse_rms(wide, eps) * weight.to(wide.dtype)).to(x.dtype).contiguous()
+    return (wide * _inverse_rms(wide, eps)).mul_(weight).to(x.dtype).contiguous()
 
 
 @torch.library.custom_op("refrain::rope", mutates_args=())
@@ -35,14 +35,18 @@ def _widen(x: Tensor) -> Tensor:
 
 
 def _inverse_rms(wide: Tensor, eps: float) -> Tensor:
-    return torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)  # reads once, where square and mean also write
+    return torch.rsqrt(norm.square() / wide.shape[-1] + eps)
 
 
 def _rotate(x_BHLK: Tensor, cos_BLJ: Tensor, sin_BLJ: Tensor) -> Tensor:
-    a_BHLJ, b_BHLJ = x_BHLK.chunk(2, dim=-1)
-    cos_B1LJ, sin_B1LJ = cos_BLJ[:, None], sin_BLJ[:, None]
-    rotated = torch.cat([a_BHLJ * cos_B1LJ - b_BHLJ * sin_B1LJ, b_BHLJ * cos_B1LJ + a_BHLJ * sin_B1LJ], dim=-1)
-    return rotated.to(x_BHLK.dtype)
+    a_BHLJ, b_BHLJ = _widen(x_BHLK).chunk(2, dim=-1)  # once: a product of two types costs twice as much
+    cos_B1LJ, sin_B1LJ = (table_BLJ[:, None].to(a_BHLJ.dtype) for table_BLJ in (cos_BLJ, sin_BLJ))
+    rotated_BHLK = torch.empty_like(x_BHLK, memory_format=torch.contiguous_format)
+    c_BHLJ, d_BHLJ = rotated_BHLK.chunk(2, dim=-1)
+    c_BHLJ.copy_((a_BHLJ * cos_B1LJ).addcmul_(b_BHLJ, sin_B1LJ, value=-1))
+    d_BHLJ.copy_((b_BHLJ * cos_B1LJ).addcmul_(a_BHLJ, sin_B1LJ))
+    return rotated_BHLK
 
 
 @rms_norm.register_fake
@@ -61,14 +65,14 @@ def _rms_norm_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-d
 
 
 def _rms_norm_backward(ctx, grad):  # type: ignore[no-untyped-def]  # torch types neither
-    """With n = x * r, r = 1/rms: d/dx = r * (g w - n * mean(g w n)), d/dweight = sum(g n)."""
+    """With r = 1/rms: d/dx = r * (g w - x * r^2 * mean(g w x)), d/dweight = sum(g x r)."""
     x, weight = ctx.saved_tensors
     wide, grad = _widen(x), _widen(grad)
     r = _inverse_rms(wide, ctx.eps)
-    n = wide * r
-    gw = grad * weight.to(wide.dtype)
-    grad_x = r * (gw - n * (gw * n).mean(-1, keepdim=True))
-    grad_weight = (grad * n).reshape(-1, len(weight)).sum(0)
+    gx_ND = (grad * wide).reshape(-1, len(weight))
+    grad_weight = r.reshape(-1) @ gx_ND
+    mean = (gx_ND @ weight.to(wide.dtype)).reshape(r.shape) / len(weight)
+    grad_x = (wide * (-mean * r.square())).addcmul_(grad, weight.to(wide.dtype)).mul_(r)
     return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 
 
