@@ -28,6 +28,8 @@ class Export:
     """Read the run's data set here instead of from the hub: INT8's scales, calibration and proof need it."""
     judge_on: tuple[str, ...] = ()
     """Other data sets with the same labels whose test splits quality is reported on too; nothing is tuned on them."""
+    max_tokens: int | None = None
+    """How much of a text it reads; as much as in training unless given. More may help long texts, for more time."""
     precisions: tuple[Literal["fp16", "int8"], ...] = ("fp16", "int8")
     """One that is too far from FP32 on some split is left out, and the manifest says why."""
     portable: bool = False
@@ -144,6 +146,7 @@ def _export(command: Export) -> None:
         command.portable,
         tolerances,
         command.judge_on,
+        command.max_tokens,
     )
     print(inspect(export(options)))
 

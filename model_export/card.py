@@ -1,6 +1,6 @@
 """A model's card: what one should know before relying on it, measured for the manifest and rendered from it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,31 +8,30 @@ import numpy as np
 from model_export.judge import SplitLogits, Splits
 from service.manifest import Card, LengthQuarter, Lengths, Manifest, Origin, Weakness
 from training.data import origins
+from training.run import RunInfo, learned_from
 from training.scores import score
 
 README = "README.md"
 QUARTERS = 4
 
 
-def write_card(
-    learned_from: Sequence[str], recipe: Mapping[str, Any], train_lengths: Sequence[int], max_tokens: int,
-    splits: Splits, fp32: SplitLogits,
-) -> Card:  # fmt: skip
-    """The card; `train_lengths` are in tokens, before anything is cut."""
-    sources = {(name, one): None for dataset in learned_from for name, one in origins(dataset).items()}
+def write_card(info: RunInfo, train_lengths: Sequence[int], max_tokens: int, splits: Splits, fp32: SplitLogits) -> Card:
+    """The card of a run that reads `max_tokens` now; `train_lengths` are in tokens, before anything was cut."""
+    trained_tokens = info.encoder["max_tokens"]
+    sources = {(name, one): None for dataset in learned_from(info) for name, one in origins(dataset).items()}
     data = [Origin(name=name, hub=one.hub, kind=one.kind, language=one.language) for name, one in sources]
     lengths = Lengths(
         median=int(np.median(train_lengths)),
         percentile_95=int(np.percentile(train_lengths, 95)),
-        share_cut=float((np.array(train_lengths) > max_tokens).mean()),
+        share_cut=float((np.array(train_lengths) > trained_tokens).mean()),
     )
     return Card(
         data=data,
-        recipe=dict(recipe),
+        recipe=dict(info.options),
         lengths=lengths,
         weakest=[_weakest(splits, split, logits_RNC) for split, logits_RNC in fp32.items()],
         by_length=_by_length(splits, fp32),
-        limits=_limits(data, splits.labels, max_tokens, lengths),
+        limits=_limits(data, splits.labels, max_tokens, trained_tokens, lengths),
     )
 
 
@@ -58,7 +57,9 @@ def _by_length(splits: Splits, fp32: SplitLogits) -> list[LengthQuarter]:
     ]
 
 
-def _limits(data: Sequence[Origin], labels: Sequence[str], max_tokens: int, lengths: Lengths) -> list[str]:
+def _limits(
+    data: Sequence[Origin], labels: Sequence[str], max_tokens: int, trained_tokens: int, lengths: Lengths
+) -> list[str]:
     kinds: dict[str, list[str]] = {}
     for one in data:
         kinds.setdefault(one.language, []).append(one.kind)
@@ -66,8 +67,8 @@ def _limits(data: Sequence[Origin], labels: Sequence[str], max_tokens: int, leng
     return [
         f"Learned from: {learned}. How good it is on other languages and other sorts of text was not measured.",
         f"Every text is given one of {', '.join(labels)}: there is no answer for what is none of them, or several.",
-        f"Of a text longer than {max_tokens} tokens only the beginning counts; so it was with {lengths.share_cut:.1%} "
-        "of the training texts.",
+        f"Of a text longer than {max_tokens} tokens only the beginning counts; in training it was {trained_tokens} "
+        f"tokens, and {lengths.share_cut:.1%} of the texts were longer.",
         "The weights kept, the temperatures and the exit threshold were chosen on the validation split: expect a "
         "little less on texts of your own.",
     ]

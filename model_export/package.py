@@ -75,6 +75,7 @@ class ExportOptions:
     portable: bool
     tolerances: Tolerances
     judge_on: tuple[str, ...] = ()
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def _replaceable(out: Path) -> bool:
 
 def _open(options: ExportOptions) -> _Source:
     info = runs.read_info(options.run)
-    model = runs.read_model(options.run)
+    model = runs.read_model(options.run, options.max_tokens)
     _Names(name=_name(info), task=info.task, labels=info.labels)
     tokenizer = runs.read_tokenizer(options.run)
     dataset = load_dataset(info.options["dataset"], options.data_dir)
@@ -259,7 +260,7 @@ def _manifest(
     info, model, splits = source.info, source.model, source.splits
     validation = {name: logits["validation"] for name, logits in stored.logits.items()}
     quality = {name: splits.quality(logits) for name, logits in stored.logits.items()}
-    learned_from, fp32 = runs.learned_from(info), stored.logits["fp32"]
+    fp32 = stored.logits["fp32"]
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         name=_name(info),
@@ -279,7 +280,7 @@ def _manifest(
         },
         left_out=stored.left_out,
         training=Training(**{name: info.provenance[name] for name in Training.model_fields}),
-        card=write_card(learned_from, info.options, source.train_lengths, model.config.max_tokens, splits, fp32),
+        card=write_card(info, source.train_lengths, model.config.max_tokens, splits, fp32),
         quality={split: {name: found[split] for name, found in quality.items()} for split in splits.examples},
         calibration=calibrate("validation", validation, splits.examples["validation"].labels),
         parity=parity,

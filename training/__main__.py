@@ -30,6 +30,8 @@ class EvaluateConfig:
     """Read the data set here instead of from the hub."""
     iterations: int | None = None
     """Run the recurrent model this many times instead of as often as trained."""
+    max_tokens: int | None = None
+    """Read so much of each text instead of as much as in training."""
     output: Path | None = None
     """Where the JSON goes; RUN/evaluation.json unless given."""
 
@@ -115,11 +117,13 @@ def _evaluate(config: EvaluateConfig) -> None:
 
     output = config.output or config.run / "evaluation.json"
     if config.split == "all":
-        splits = evaluate_all(config.run, config.data_dir, config.dataset, config.iterations)
+        splits = evaluate_all(config.run, config.data_dir, config.dataset, config.iterations, config.max_tokens)
         write_json(output, splits)
         print("\n\n".join(map(table, splits.values())))
     else:
-        figures = evaluate(config.run, config.data_dir, config.split, config.dataset, config.iterations)
+        figures = evaluate(
+            config.run, config.data_dir, config.split, config.dataset, config.iterations, config.max_tokens
+        )
         write_json(output, figures)
         print(table(figures))
 

@@ -61,30 +61,45 @@ class Network:
         return predict(self.model, self.tokenizer, texts, self.model.config.max_tokens, self.iterations)
 
 
-def read_classifier(run: Path, device: torch.device, iterations: int | None = None) -> Network | LinearModel:
+def read_classifier(
+    run: Path, device: torch.device, iterations: int | None = None, max_tokens: int | None = None
+) -> Network | LinearModel:
     """A run of any kind; both tell their `logits` of texts, (R, N, C) float32. A linear model stays on the CPU."""
     if runs.read_info(run).architecture == runs.LINEAR:
+        if max_tokens is not None:
+            raise TrainingError(f"--max-tokens {max_tokens}: {run} is linear, and reads all of a text")
         return read_linear(run)
-    return Network(runs.read_model(run).to(device), runs.read_tokenizer(run), iterations)
+    return Network(runs.read_model(run, max_tokens).to(device), runs.read_tokenizer(run), iterations)
 
 
 def evaluate(
-    run: Path, data_dir: Path | None, split: str, dataset_name: str | None, iterations: int | None
+    run: Path,
+    data_dir: Path | None,
+    split: str,
+    dataset_name: str | None,
+    iterations: int | None,
+    max_tokens: int | None = None,
 ) -> dict[str, Any]:
     """The figures of a run on one split of its own data set, or of another with the same labels."""
     dataset = _load(run, data_dir, dataset_name)
     examples = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}[split]
     if examples is None:
         raise TrainingError(f"data set '{dataset.name}' has no labelled {split} split")
-    return measure(run, dataset.name, split, examples, iterations)
+    return measure(run, dataset.name, split, examples, iterations, max_tokens)
 
 
 def evaluate_all(
-    run: Path, data_dir: Path | None, dataset_name: str | None, iterations: int | None
+    run: Path,
+    data_dir: Path | None,
+    dataset_name: str | None,
+    iterations: int | None,
+    max_tokens: int | None = None,
 ) -> dict[str, dict[str, Any]]:
     """The same on every split that a manifest reports quality on: of a mix, each source by itself."""
     dataset = _load(run, data_dir, dataset_name)
-    return {name: measure(run, dataset.name, name, part, iterations) for name, part in dataset.judged.items()}
+    return {
+        name: measure(run, dataset.name, name, part, iterations, max_tokens) for name, part in dataset.judged.items()
+    }
 
 
 def _load(run: Path, data_dir: Path | None, name: str | None) -> Dataset:
@@ -96,14 +111,21 @@ def _load(run: Path, data_dir: Path | None, name: str | None) -> Dataset:
     return dataset
 
 
-def measure(run: Path, dataset: str, split: str, examples: Examples, iterations: int | None = None) -> dict[str, Any]:
+def measure(
+    run: Path,
+    dataset: str,
+    split: str,
+    examples: Examples,
+    iterations: int | None = None,
+    max_tokens: int | None = None,
+) -> dict[str, Any]:
     """The figures of a run on these examples; the names are for the reader."""
     info = runs.read_info(run)
     if iterations is not None and (info.architecture != "recurrent" or iterations < 1):
         raise TrainingError(
             f"--iterations {iterations}: at least 1, and for a recurrent model only, not {info.architecture}"
         )
-    classifier = read_classifier(run, torch.device("cpu"), iterations)
+    classifier = read_classifier(run, torch.device("cpu"), iterations, max_tokens)
     started = time.perf_counter()
     logits_RNC = classifier.logits(examples.texts)
     seconds = time.perf_counter() - started

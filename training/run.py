@@ -10,6 +10,7 @@ evaluation.json     what `evaluate` found
 lock                held by the training that is at work here; by itself it means nothing
 """
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from training.architectures import ARCHITECTURES
 from training.architectures.encoder import Encoder
+from training.config import FEWEST_TOKENS
 from training.errors import TrainingError
 from training.shapes import EncoderConfig
 
@@ -100,9 +102,16 @@ def write_weights(run: Path, weights: Mapping[str, Tensor]) -> None:
     replace(run / WEIGHTS, save({name: tensor.contiguous() for name, tensor in weights.items()}))
 
 
-def read_model(run: Path) -> Encoder:
-    """The run's best weights in its architecture, ready for evaluation."""
+def read_model(run: Path, max_tokens: int | None = None) -> Encoder:
+    """The run's best weights in its architecture, ready for evaluation.
+
+    It reads up to `max_tokens` of a text, or as many as in training: no weight depends on how many.
+    """
     info = read_info(run)
+    if max_tokens is not None:
+        if max_tokens < FEWEST_TOKENS:
+            raise TrainingError(f"--max-tokens is {max_tokens}; at least {FEWEST_TOKENS} are needed")
+        info = dataclasses.replace(info, encoder={**info.encoder, "max_tokens": max_tokens})
     check_decides(run, info)
     check_network(run, info)
     return _read_weights(run, info.build_model(), {}).eval()

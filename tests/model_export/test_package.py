@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 
@@ -19,6 +20,7 @@ from model_export.graphs import Graphs, to_fp16
 from model_export.package import ExportOptions, export
 from model_export.parity import Tolerances
 from service.bundle import Bundle, load_bundle
+from service.engine import open_engine
 from service.manifest import GraphRole
 from tests import tiny
 from tests.tiny import Architecture
@@ -76,6 +78,24 @@ def test_the_manifest_says_all_that_is_promised(bundle: Bundle, run_dirs: Mappin
     assert 0 < manifest.parity.fp32_against_pytorch <= manifest.parity.fp32_tolerance == 1e-4
     found = [one for several in manifest.parity.against_fp32.values() for one in several]
     assert all((one.split, one.texts) == ("validation", 40) and one.labels_agree >= 0.98 for one in found)
+
+
+def test_a_bundle_may_read_more_of_a_text_than_its_run_did(
+    run_dirs: Mapping[Architecture, Path], data_dir: Path, tmp_path: Path
+) -> None:
+    run, most = run_dirs["recurrent"], tiny.MAX_TOKENS + 24
+    bundle = load_bundle(export(export_options(run, tmp_path / "out", data_dir, max_tokens=most)))
+    assert bundle.manifest.max_tokens == most
+    said = f"longer than {most} tokens only the beginning counts; in training it was {tiny.MAX_TOKENS} tokens, and 0.0%"
+    assert any(said in limit for limit in bundle.manifest.card.limits)
+    model = read_model(run, most)
+    ids = [place * 7 % model.config.vocabulary for place in range(most)]
+    engine = open_engine(bundle, provider="cpu", precision="fp32", threads=1)
+    (state_LD,), _ = engine.step(engine.embed([ids]))
+    _, logits_BC = engine.step([state_LD])
+    expected_RBC = model(torch.tensor([ids])).detach()
+    assert logits_BC[0] == pytest.approx(expected_RBC[-1, 0].numpy(), abs=1e-2)  # the weights are FP16's
+    assert load_bundle(tmp_path / "out").manifest.quality["validation"]["fp16"][-1].accuracy >= 0.95
 
 
 def test_the_tiny_models_have_learned_their_task(bundle: Bundle) -> None:

@@ -10,7 +10,7 @@ from tests.training.easy import LABELS, easy_records, tiny_config, write_easy, w
 from training import run as runs
 from training.__main__ import main
 from training.errors import TrainingError
-from training.evaluate import evaluate, predict, table
+from training.evaluate import evaluate, predict, read_classifier, table
 from training.loop import train
 from training.scores import score
 
@@ -72,6 +72,20 @@ def test_evaluation_counts_what_the_model_predicts(run: Path, easy_dir: Path) ->
     assert figures["parameters"] == parameters
     assert figures["megabytes_fp32"] == pytest.approx(parameters * 4 / 1e6)
     assert figures["milliseconds_per_text"] > 0
+
+
+@pytest.mark.parametrize("most", [3, 64])  # less and more than in training
+def test_it_may_read_less_or_more_of_each_text_than_in_training(run: Path, most: int) -> None:
+    texts = [" ".join(["the film was"] * 8 + [record["text"]]) for record in easy_records(13, seed=2)]
+    as_trained, otherwise = (read_classifier(run, torch.device("cpu"), max_tokens=tokens) for tokens in (None, most))
+    expected_RNC = predict(runs.read_model(run, most), runs.read_tokenizer(run), texts, most)
+    assert torch.equal(otherwise.logits(texts), expected_RNC)
+    assert not torch.allclose(as_trained.logits(texts), expected_RNC, atol=1e-4)
+
+
+def test_too_few_tokens_to_read_are_named(run: Path, easy_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(run), "--data-dir", str(easy_dir), "--max-tokens", "2"]) == 1
+    assert "--max-tokens is 2; at least 3 are needed" in capsys.readouterr().err
 
 
 def test_the_command_prints_a_table_and_writes_json(

@@ -133,6 +133,8 @@ def test_it_is_evaluated_as_a_network_is_with_one_iteration(
     assert "easy-linear-" in capsys.readouterr().out
     with pytest.raises(TrainingError, match=r"^--iterations 2: .* for a recurrent model only, not linear$"):
         evaluate(floor, easy_dir, "validation", None, 2)
+    with pytest.raises(TrainingError, match=r"^--max-tokens 64: .* is linear, and reads all of a text$"):
+        evaluate(floor, easy_dir, "validation", None, None, 64)
 
 
 def test_it_teaches_alone_and_beside_a_network(floor: Path, run: Path, easy_dir: Path, tmp_path: Path) -> None:
