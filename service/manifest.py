@@ -97,7 +97,7 @@ class Origin(_Strict):
 
 
 class Lengths(_Strict):
-    """Tokens of the training texts; of those that are longer than the model takes, the rest was cut off."""
+    """Tokens of the training texts; of those that were longer than training took, the rest was cut off."""
 
     median: int
     percentile_95: int

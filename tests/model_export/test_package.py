@@ -95,7 +95,7 @@ def test_a_bundle_may_read_more_of_a_text_than_its_run_did(
     _, logits_BC = engine.step([state_LD])
     expected_RBC = model(torch.tensor([ids])).detach()
     assert logits_BC[0] == pytest.approx(expected_RBC[-1, 0].numpy(), abs=1e-2)  # the weights are FP16's
-    assert load_bundle(tmp_path / "out").manifest.quality["validation"]["fp16"][-1].accuracy >= 0.95
+    assert bundle.manifest.quality["validation"]["fp16"][-1].accuracy >= 0.95
 
 
 def test_the_tiny_models_have_learned_their_task(bundle: Bundle) -> None:
