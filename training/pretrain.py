@@ -18,7 +18,7 @@ from training.batches import pad
 from training.config import PretrainConfig
 from training.data import Dataset, unlabelled
 from training.evaluate import BATCH_SIZE
-from training.loop import make_accelerator, run_loop
+from training.loop import denormals_as_zero, make_accelerator, run_loop
 from training.objectives import Objective
 from training.prepare import draw_share, prepare_run
 from training.run import RunInfo
@@ -28,6 +28,7 @@ MASKED, REPLACED = 0.8, 0.1
 """Of the tokens to be guessed; the rest stay as they are."""
 
 
+@denormals_as_zero()
 def pretrain(config: PretrainConfig) -> Path:
     """Pretrains (or resumes); the run directory it returns is for `train --init-from`."""
     accelerator = make_accelerator(config)

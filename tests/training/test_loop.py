@@ -303,6 +303,29 @@ def test_bf16_trains_and_keeps_its_weights_in_float32(easy_dir: Path, tmp_path: 
     assert max(line["validation"][-1]["accuracy"] for line in metrics(tmp_path) if "validation" in line) > 0.9
 
 
+@pytest.mark.skipif(not torch.set_flush_denormal(False), reason="this CPU cannot take denormal numbers for zero")
+def test_denormal_numbers_are_zero_while_it_trains_and_not_after(
+    easy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def product() -> float:
+        return (torch.tensor(1e-30) * torch.tensor(1e-10)).item()  # 1e-40 is denormal
+
+    products: dict[str, float] = {}
+    loss = Classification.loss
+
+    def watched(*given: Any) -> torch.Tensor:
+        products["forward"] = product()
+        value = loss(*given)
+        value.register_hook(lambda gradient: products.update(backward=product()))
+        return value
+
+    monkeypatch.setattr(Classification, "loss", watched)
+    assert product() > 0
+    train(tiny_config(easy_dir, tmp_path, num_epochs=1))
+    assert products == {"forward": 0, "backward": 0}
+    assert product() > 0
+
+
 def test_a_share_of_the_training_texts_is_drawn_by_the_seed(easy_dir: Path, tmp_path: Path) -> None:
     part, other = (
         train(tiny_config(easy_dir, tmp_path / name, train_share=0.5, num_epochs=1, seed=seed))
