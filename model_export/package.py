@@ -1,6 +1,7 @@
 """A run in, a bundle out: written beside, proved, given its manifest last, and only then renamed into place."""
 
 import hashlib
+import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -105,8 +106,7 @@ class _Stored:
 
 def export(options: ExportOptions) -> Path:
     """Writes the bundle and returns its directory; on ExportError there is none, and an old one stands as it was."""
-    if not _replaceable(options.out):
-        raise ExportError(f"{options.out} exists and is not a bundle: it will not be replaced")
+    _check_replaceable(options.out, _name(runs.read_info(options.run)))
     if not options.precisions:
         raise ExportError("no precision to export: name fp16, int8 or both")
     partial = options.out.with_name(f".{options.out.name}.partial")
@@ -129,8 +129,20 @@ def _name(info: RunInfo) -> str:
     return f"{info.task}-{info.architecture}"
 
 
-def _replaceable(out: Path) -> bool:
-    return not out.exists() or (out / MANIFEST).exists() or (out.is_dir() and not any(out.iterdir()))
+def _check_replaceable(out: Path, name: str) -> None:
+    """ExportError where something else stands there than a bundle of the same task and architecture."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / MANIFEST).exists():
+        raise ExportError(f"{out} exists and is not a bundle: it will not be replaced")
+    try:
+        standing = json.loads((out / MANIFEST).read_text(encoding="utf-8"))["name"]
+    except (ValueError, TypeError, KeyError):
+        return  # a broken bundle, to be replaced
+    if standing != name:
+        raise ExportError(
+            f"{out} holds {standing}, which {name} will not replace: name another directory (for make export, TASK)"
+        )
 
 
 def _open(options: ExportOptions) -> _Source:
@@ -290,8 +302,13 @@ def _manifest(
 
 def _move_into_place(partial: Path, out: Path) -> None:
     old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    partial.rename(out)
+    try:
+        if out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            out.rename(old)
+        partial.rename(out)
+    except BaseException:  # Ctrl-C too
+        if old.exists() and not out.exists():
+            old.rename(out)
+        raise
     shutil.rmtree(old, ignore_errors=True)

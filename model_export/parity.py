@@ -41,9 +41,9 @@ class Tolerances:
                 raise ExportError(f"{name} is {share}; a share from 0 to 1 is needed")
 
 
-def run_engine(engine: Engine, ids: Sequence[Sequence[int]], iterations: int) -> FloatArray:
-    """The logits of every iteration for every text, (R, N, C), in the texts' order."""
-    return _in_batches(lambda batch: _run_batch(engine, batch, iterations), ids)
+def run_engine(engine: Engine, ids: Sequence[Sequence[int]], iterations: int, threads: int | None = None) -> FloatArray:
+    """The logits of every iteration for every text, (R, N, C), in the texts' order; a thread a core unless given."""
+    return _in_batches(lambda batch: _run_batch(engine, batch, iterations), ids, threads)
 
 
 def run_portable(path: Path, ids: Sequence[Sequence[int]]) -> FloatArray:
@@ -60,10 +60,12 @@ def run_portable(path: Path, ids: Sequence[Sequence[int]]) -> FloatArray:
     return logits_NC
 
 
-def _in_batches(run: Callable[[Sequence[Sequence[int]]], FloatArray], ids: Sequence[Sequence[int]]) -> FloatArray:
+def _in_batches(
+    run: Callable[[Sequence[Sequence[int]]], FloatArray], ids: Sequence[Sequence[int]], threads: int | None = None
+) -> FloatArray:
     """What `run` makes of batches of like length, (R, B, C) each, joined in the texts' order."""
     batches = sorted_batches([len(row) for row in ids], BATCH_SIZE)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # a session runs in as many threads as call it
+    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:  # a session runs in as many threads as call it
         running = pool.map(lambda batch: run([ids[index] for index in batch]), batches)
         parts = list(tqdm(running, total=len(batches), desc="answers", unit="batch", leave=False, delay=2))
     order_N = np.argsort([index for batch in batches for index in batch])

@@ -38,7 +38,7 @@ def speed(bundles: Sequence[Path], texts: Path, most: int, rounds: int) -> dict[
     for _ in tqdm(range(rounds), desc="speed", unit="round", leave=False):
         for key, engine in engines.items():
             started = perf_counter()
-            run_engine(engine, ids[key[0]], depths[key[0]])
+            run_engine(engine, ids[key[0]], depths[key[0]], THREADS)
             seconds[key].append(perf_counter() - started)
     found: dict[str, dict[str, Mapping[str, Any]]] = {bundle.path.name: {} for bundle in opened}
     for (bundle_name, precision), engine in engines.items():

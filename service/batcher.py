@@ -134,7 +134,7 @@ class Batcher:
         """Queues all the texts or none; `deadline` is on the clock of `time.monotonic`.
 
         Background texts are run only when none waits in the foreground, of any model on the thread, and are taken only
-        while there are few. Raises QueueFull, EngineDown, Draining.
+        while there are few, or none yet. Raises QueueFull, EngineDown, Draining.
         """
         now = time.monotonic()
         job = Job(self._drop)
@@ -148,7 +148,7 @@ class Batcher:
                 largest = max(text.work for text in texts)
                 longest = patience(deadline - now, may_be_cut=all(text.may_be_cut for text in texts))
                 self.check_room(len(texts), sum(len(text.ids) for text in texts), largest, longest)
-            elif len(pool.texts) + len(texts) > self._lookahead:
+            elif pool.texts and len(pool.texts) + len(texts) > self._lookahead:
                 raise QueueFull(self.backlog_seconds)
             if not self._foreground.texts:
                 self._pace.starts(now)

@@ -27,7 +27,7 @@ from service.errors import (
     RefrainError,
     TooManyInputs,
 )
-from service.jobs import Answer, Exit, Job
+from service.jobs import Answer, Job, Shortage
 from service.loading import Model
 from service.logs import Call
 from service.routing import Plan
@@ -95,6 +95,9 @@ async def decide(asked: ClassifyRequest, request: Request) -> ClassifyAnswer:
     deadline = call.started + min(asked.deadline_ms or math.inf, runtime.settings.deadline_ms) / 1000
     outcomes = await _follow(plan, asked, deadline, request)
     answer = _answer(asked, outcomes, call)
+    for outcome in outcomes:
+        if outcome.answer.degraded:
+            runtime.metrics.degraded.labels(outcome.answer.exit, *outcome.model.metric_labels).inc()
     runtime.metrics.durations.answered(plan.first.metric_labels, call.timings_ms)
     if plan.shadow is not None:
         shadows: Shadows = request.app.state.shadows
@@ -135,7 +138,7 @@ async def _follow(plan: Plan[Model], asked: ClassifyRequest, deadline: float, re
     except (QueueFull, DeadlineExceeded) as error:
         if not asked.allow_fewer_iterations:
             raise
-        reason: Exit = "overload" if isinstance(error, QueueFull) else "deadline"
+        reason: Shortage = "overload" if isinstance(error, QueueFull) else "deadline"
         for place in unsure:
             outcomes[place] = replace(outcomes[place], answer=replace(outcomes[place].answer, exit=reason))
     else:

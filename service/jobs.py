@@ -24,7 +24,8 @@ MEMORY = 0.95
 LARGER = 4
 """So many times larger, and a text does not delay one that comes later."""
 
-Exit = Literal["depth", "confidence", "overload", "deadline"]
+Shortage = Literal["overload", "deadline"]
+Exit = Literal["depth", "confidence", Shortage]
 Drop = Literal["deadline", "client"]
 
 

@@ -85,6 +85,10 @@ class Metrics:
         self.requests = Counter("refrain_requests", "Classifications by status.", ("code", *MODEL), registry=registry)
         # Alerts on overload: requests turned away or given up.
         self.rejected = Counter("refrain_rejected", "Requests turned away, by reason.", ("reason",), registry=registry)
+        # Alerts: answers that are less than what was asked for.
+        self.degraded = Counter(
+            "refrain_degraded_texts", "Texts whose answer says `degraded`.", ("reason", *MODEL), registry=registry
+        )
         # Whoever chooses a cascade's threshold: what share of the texts goes on to the second model.
         self.cascade = Counter(
             "refrain_cascade", "Texts of a cascade, by who answered.", ("decided_by", "task"), registry=registry

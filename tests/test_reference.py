@@ -11,7 +11,7 @@ from service import inference_protocol
 from service.app import router
 from service.errors import RefrainError, Unavailable
 from service.front import OPEN_PATHS
-from service.jobs import Drop, Exit
+from service.jobs import Drop, Exit, Shortage
 from service.logs import Call
 from service.metrics import Metrics, Reload, SupervisorMetrics
 from service.schemas import Timings
@@ -24,6 +24,7 @@ VALUES = {
     "refrain_stage_duration_seconds": tuple(name for name in Timings.model_fields if name != "total"),
     "refrain_batch_tokens_total": ("real", "padding"),
     "refrain_exits_total": get_args(Exit),
+    "refrain_degraded_texts_total": get_args(Shortage),
     "refrain_dropped_texts_total": get_args(Drop),
     "refrain_shadow_total": get_args(Verdict),
     "refrain_reloads_total": get_args(Reload),

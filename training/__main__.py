@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> int:
         print(f"training: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        goes_on = "; the same command goes on from the last checkpoint" if RESUMED.intersection(arguments) else ""
+        goes_on = "; the same command goes on from the last checkpoint" if RESUMED.intersection(arguments[:1]) else ""
         print(f"training: stopped{goes_on}", file=sys.stderr)
         return 130
     return 0

@@ -74,21 +74,21 @@ def weigh(counts_NV: csr_matrix, idf_V: Vector) -> csr_matrix:
 def fit(config: LinearConfig) -> dict[str, Any]:
     """Writes a run directory; returns its figures on the validation split."""
     options = recorded_options(config) | {"architecture": LINEAR}
-    standing = standing_run(config.output_dir, options, {})
-    dataset = load_dataset(config.dataset, config.data_dir)
-    if standing:
-        check_texts(config.output_dir, standing, dataset)
-    began = perf_counter()
-    model = _solve(dataset, config.seed)
-    cost = {"seconds": round(perf_counter() - began, 2)} | peak_memory()
-    figures = _validate(model, dataset)
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    runs.write_weights(config.output_dir, {name: torch.from_numpy(array) for name, array in vars(model).items()})
-    runs.write_info(config.output_dir, standing or _info(dataset, config, options))
-    Log(config.output_dir / runs.METRICS, 0, 0).write(
-        step=1, epoch=1, validation=[{name: round(figures[name], 4) for name in ("accuracy", "macro_f1")}], **cost
-    )
-    return figures
+    with runs.hold(config.output_dir):
+        standing = standing_run(config.output_dir, options, {})
+        dataset = load_dataset(config.dataset, config.data_dir)
+        if standing:
+            check_texts(config.output_dir, standing, dataset)
+        began = perf_counter()
+        model = _solve(dataset, config.seed)
+        cost = {"seconds": round(perf_counter() - began, 2)} | peak_memory()
+        figures = _validate(model, dataset)
+        runs.write_weights(config.output_dir, {name: torch.from_numpy(array) for name, array in vars(model).items()})
+        runs.write_info(config.output_dir, standing or _info(dataset, config, options))
+        Log(config.output_dir / runs.METRICS, 0, 0).write(
+            step=1, epoch=1, validation=[{name: round(figures[name], 4) for name in ("accuracy", "macro_f1")}], **cost
+        )
+        return figures
 
 
 def _solve(dataset: Dataset, seed: int) -> LinearModel:

@@ -7,7 +7,7 @@ generator's state to end where an uninterrupted one would have.
 import math
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -63,10 +63,11 @@ def train(config: TrainConfig) -> Path:
     accelerator = make_accelerator(config)
     dataset = prepare_dataset(config)
     check_teachers(config.teacher, dataset.labels, config.output_dir)
-    with accelerator.main_process_first():
-        info = prepare_run(config, dataset) if accelerator.is_main_process else runs.read_info(config.output_dir)
-        taught_NC = teach(config.teacher, dataset.train.texts, config.output_dir, accelerator.device)
-    return run_loop(config, accelerator, Classification(config, dataset, info, taught_NC))
+    with alone(config, accelerator):
+        with accelerator.main_process_first():
+            info = prepare_run(config, dataset) if accelerator.is_main_process else runs.read_info(config.output_dir)
+            taught_NC = teach(config.teacher, dataset.train.texts, config.output_dir, accelerator.device)
+        return run_loop(config, accelerator, Classification(config, dataset, info, taught_NC))
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
@@ -76,11 +77,15 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     return Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.accelerator.is_available())
 
 
+def alone(config: RunConfig, accelerator: Accelerator) -> AbstractContextManager[None]:
+    """No other training in this run meanwhile; of several processes of one the first sees to it."""
+    return runs.hold(config.output_dir) if accelerator.is_main_process else nullcontext()
+
+
 def run_loop(config: RunConfig, accelerator: Accelerator, objective: Objective[Any]) -> Path:
-    with runs.hold(config.output_dir) if accelerator.is_main_process else nullcontext():
-        loop = Loop(config, accelerator, objective)
-        with stop_on_signal() as asked_to_stop, _attention_kernel(accelerator):
-            loop.run(asked_to_stop)
+    loop = Loop(config, accelerator, objective)
+    with stop_on_signal() as asked_to_stop, _attention_kernel(accelerator):
+        loop.run(asked_to_stop)
     accelerator.end_training()
     return config.output_dir
 

@@ -51,7 +51,6 @@ def prepare_run(config: RunConfig, dataset: Dataset) -> RunInfo:
     )
     if isinstance(config, TrainConfig) and config.init_from:
         runs.initialise(info.build_model(), info.labels, config.init_from)  # or a run that cannot begin stands there
-    directory.mkdir(parents=True, exist_ok=True)
     runs.replace(directory / runs.TOKENIZER, tokenizer.to_str().encode())
     runs.write_info(directory, info)
     return info

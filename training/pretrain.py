@@ -18,7 +18,7 @@ from training.batches import pad
 from training.config import PretrainConfig
 from training.data import Dataset, unlabelled
 from training.evaluate import BATCH_SIZE
-from training.loop import denormals_as_zero, make_accelerator, run_loop
+from training.loop import alone, denormals_as_zero, make_accelerator, run_loop
 from training.objectives import Objective
 from training.prepare import draw_share, prepare_run
 from training.run import RunInfo
@@ -33,9 +33,10 @@ def pretrain(config: PretrainConfig) -> Path:
     """Pretrains (or resumes); the run directory it returns is for `train --init-from`."""
     accelerator = make_accelerator(config)
     dataset = draw_share(unlabelled(config.datasets, config.data_dir), config)
-    with accelerator.main_process_first():
-        info = prepare_run(config, dataset) if accelerator.is_main_process else runs.read_info(config.output_dir)
-    return run_loop(config, accelerator, MaskedLanguage(config, dataset, info))
+    with alone(config, accelerator):
+        with accelerator.main_process_first():
+            info = prepare_run(config, dataset) if accelerator.is_main_process else runs.read_info(config.output_dir)
+        return run_loop(config, accelerator, MaskedLanguage(config, dataset, info))
 
 
 class MaskedLanguageModel(nn.Module):

@@ -150,15 +150,25 @@ def _read_weights(run: Path, model: Encoder, instead: Mapping[str, Tensor]) -> E
 
 @contextmanager
 def hold(run: Path) -> Iterator[None]:
-    """Keeps other trainings out of a run until the block ends, or the process; TrainingError where one is in there."""
+    """Keeps other trainings out of a run until the block ends, or the process; TrainingError where one is in there.
+
+    To be entered before the run is begun. One that cannot begin leaves no directory.
+    """
+    begins, lock = not run.exists(), run / LOCK
+    run.mkdir(parents=True, exist_ok=True)
     try:
-        held = FileLock(run / LOCK).acquire(blocking=False)
+        held = FileLock(lock).acquire(blocking=False)
     except Timeout as error:
         raise TrainingError(
             f"another training is at work in {run}: let it end, or choose another --output-dir"
         ) from error
     with held:
-        yield
+        try:
+            yield
+        finally:
+            if begins and list(run.iterdir()) == [lock]:
+                lock.unlink()
+                run.rmdir()
 
 
 def write_checkpoint(run: Path, checkpoint: Mapping[str, Any]) -> None:

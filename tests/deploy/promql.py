@@ -12,7 +12,7 @@ from prometheus_client.metrics import MetricWrapperBase
 
 from service.errors import RefrainError
 from service.front import REJECTIONS
-from service.jobs import Exit
+from service.jobs import Exit, Shortage
 from service.metrics import SECONDS, Metrics, Reload, SupervisorMetrics
 from service.process_tree import ProcessTree, write_pids
 from service.schemas import Timings
@@ -34,6 +34,7 @@ VALUES: Mapping[tuple[str, str], Iterable[str]] = {
     ("refrain_requests_total", "code"): ["200", *(str(error.status) for error in _errors())],
     ("refrain_rejected_total", "reason"): [error.code for error in _errors() if error.status in REJECTIONS],
     ("refrain_exits_total", "reason"): get_args(Exit),
+    ("refrain_degraded_texts_total", "reason"): get_args(Shortage),
     ("refrain_shadow_total", "result"): get_args(Verdict),
     ("refrain_reloads_total", "outcome"): get_args(Reload),
     ("refrain_stage_duration_seconds_bucket", "stage"): Timings.model_fields,

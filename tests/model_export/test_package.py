@@ -19,7 +19,7 @@ from model_export.errors import ExportError
 from model_export.graphs import Graphs, to_fp16
 from model_export.package import ExportOptions, export
 from model_export.parity import Tolerances
-from service.bundle import Bundle, load_bundle
+from service.bundle import MANIFEST, Bundle, load_bundle
 from service.engine import open_engine
 from service.manifest import GraphRole
 from tests import tiny
@@ -185,6 +185,37 @@ def test_only_a_bundle_or_nothing_is_replaced(
     for out in (file, folder):
         with pytest.raises(ExportError, match="exists and is not a bundle"):
             export(export_options(run_dirs["baseline"], out, data_dir))
+    assert contents(tmp_path) == before
+
+
+def test_a_bundle_of_another_task_is_not_replaced_but_a_broken_one_is(
+    run_dirs: Mapping[Architecture, Path], data_dir: Path, tmp_path: Path
+) -> None:
+    out = export(export_options(run_dirs["baseline"], tmp_path / "out", data_dir))
+    before = contents(out)
+    other = altered_run(run_dirs["baseline"], tmp_path / "other", task="mood")
+    with pytest.raises(ExportError, match=rf"out holds {tiny.DATASET}-baseline, which mood-baseline will not replace"):
+        export(export_options(other, out, data_dir))
+    assert contents(out) == before
+    (out / MANIFEST).write_text("{")
+    assert load_bundle(export(export_options(other, out, data_dir))).manifest.name == "mood-baseline"
+
+
+def test_a_bundle_stays_when_its_successor_cannot_take_its_place(
+    run_dirs: Mapping[Architecture, Path], data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when Ctrl-C comes between the two renames."""
+    out = export(export_options(run_dirs["baseline"], tmp_path / "out", data_dir))
+    before, rename = contents(tmp_path), Path.rename
+
+    def stopped(path: Path, target: Path) -> Path:
+        if path.name.endswith(".partial") and path.is_dir():
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        export(export_options(run_dirs["baseline"], out, data_dir))
     assert contents(tmp_path) == before
 
 

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from model_export.__main__ import main
+from model_export.speed import speed
 from service.bundle import MANIFEST, load_bundle
+from service.engine import Engine
 from tests import tiny
 from tests.tiny import Architecture
 from training.experiments.cells import Cell, Exam
 from training.experiments.children import Children
 from training.experiments.gather import Finished, of_precisions
+from training.experiments.run import is_of
 
 
 def test_every_stored_precision_is_timed(models_dir: Path, data_dir: Path, tmp_path: Path) -> None:
@@ -33,6 +39,34 @@ def test_every_stored_precision_is_timed(models_dir: Path, data_dir: Path, tmp_p
             assert one["milliseconds_per_text"] > 0
         assert found[bundle.name]["fp16"]["run_as"] == "fp32 on cpu"
         assert found[bundle.name]["int8"]["run_as"] == "int8 on cpu"
+
+
+def test_one_thread_is_timed(models_dir: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, busy = 0, threading.Lock()
+    step = Engine.step
+
+    def watched(*given: Any) -> Any:
+        nonlocal steps
+        assert busy.acquire(blocking=False), "another batch runs"
+        time.sleep(0.002)
+        steps += 1
+        busy.release()
+        return step(*given)
+
+    monkeypatch.setattr("model_export.parity.BATCH_SIZE", 2)
+    monkeypatch.setattr(Engine, "step", watched)
+    texts = data_dir / tiny.DATASET / "validation.jsonl"
+    speed([models_dir / f"{tiny.DATASET}-baseline"], texts, most=20, rounds=1)
+    assert steps >= 10
+
+
+def test_a_bundle_is_known_by_the_run_that_it_was_made_of(
+    models_dir: Path, run_dirs: Mapping[Architecture, Path], tmp_path: Path
+) -> None:
+    bundle = models_dir / f"{tiny.DATASET}-recurrent"
+    assert is_of(bundle, run_dirs["recurrent"])
+    assert not is_of(bundle, run_dirs["baseline"])
+    assert not is_of(tmp_path, run_dirs["recurrent"])
 
 
 @pytest.mark.parametrize(

@@ -258,6 +258,7 @@ def test_a_cascade_whose_second_queue_is_full_refuses_or_rather_has_its_first_s_
         answer = asked.result(timeout=10)
         if allowed:
             assert answer.json()["results"] == [alone[sure], {**alone[unsure], "degraded": True}]
+            assert setup.count("refrain_degraded_texts_total", reason="overload", **RECURRENT) == 1
         else:
             assert (answer.status_code, answer.json()["code"]) == (429, "queue_full")
             assert int(answer.headers["retry-after"]) >= 1
@@ -273,12 +274,14 @@ def test_a_cascade_whose_second_is_late_rather_has_its_first_s_answers_where_tha
         assert setup.results(text, deadline_ms=1000, allow_fewer_iterations=True) == [{**alone, "degraded": True}]
         assert setup.batcher("baseline").queue_depth == 0
         assert setup.count("refrain_cascade_total", decided_by="recurrent", task="sentiment") == 1
+        assert setup.count("refrain_degraded_texts_total", reason="deadline", **RECURRENT) == 1
 
 
 def test_a_text_that_was_cut_short_under_load_does_not_go_on() -> None:
     with serving("cascade:recurrent,baseline=1", brown_out_ms=0) as setup:
         results = setup.results(TEXTS, allow_fewer_iterations=True)
         assert {(result["architecture"], result["degraded"]) for result in results} == {("recurrent", True)}
+        assert setup.count("refrain_degraded_texts_total", reason="overload", **RECURRENT) == len(TEXTS)
         assert {result["architecture"] for result in setup.results(TEXTS)} == {"baseline"}
 
 
@@ -389,10 +392,10 @@ def test_a_shadow_that_refuses_a_request_has_failed_for_all_its_texts() -> None:
         wait_until(lambda: setup.shadows("failed") == 2)
 
 
-def test_a_list_too_long_for_the_background_is_dropped() -> None:
-    with serving(SHADOW, max_inputs=300) as setup:
+def test_a_list_of_any_length_is_shadowed() -> None:
+    with serving(SHADOW, max_inputs=300, max_batch_tokens=64) as setup:
         assert len(setup.results(["a"] * 300)) == 300
-        wait_until(lambda: setup.shadows("dropped") == 300)
+        wait_until(lambda: setup.shadows("agree") + setup.shadows("disagree") == 300)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the death is the test

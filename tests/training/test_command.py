@@ -202,7 +202,10 @@ def test_ctrl_c_leaves_checkpoints_that_evaluate_and_resume_take(easy_dir: Path,
 
 @pytest.mark.parametrize(
     ("arguments", "place"),
-    [(["linear"], "training.linear.fit"), (["evaluate", "nothing"], "training.evaluate.evaluate")],
+    [
+        (["linear"], "training.linear.fit"),
+        (["evaluate", "nothing", "--split", "train"], "training.evaluate.evaluate"),
+    ],
 )
 def test_ctrl_c_promises_no_checkpoint_where_there_is_none(
     arguments: list[str], place: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

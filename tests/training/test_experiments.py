@@ -226,6 +226,14 @@ def test_seeds_may_come_one_by_one_if_the_recipe_stays(tmp_path: Path) -> None:
     assert "over the seeds 13, 14, 15," in write(15, 0.9)
 
 
+def test_counts_that_differ_by_the_seed_are_a_range() -> None:
+    several = [
+        replace(result("baseline", seed, 0.5), trained_on=texts) for seed, texts in ((1, 5000), (2, 4999), (3, 5000))
+    ]
+    page = as_markdown(ExperimentsConfig("domain", seeds=(1, 2, 3)), EXPERIMENTS["domain"], [], several, [])
+    assert "4,999 to 5,000 / 10" in page
+
+
 def test_a_figure_that_not_all_seeds_have_says_so() -> None:
     with_it = replace(result("baseline", 1, 0.5), iterations=[{"accuracy": 0.5, "macro_f1": 0.5, "macro_recall": 0.4}])
     config = ExperimentsConfig("domain", seeds=(1, 2))

@@ -24,10 +24,11 @@ from tests.training.easy import (
     write_jsonl,
 )
 from training import run as runs
-from training.config import TrainConfig
+from training.config import LinearConfig, TrainConfig
 from training.data import load_dataset
 from training.errors import TrainingError
 from training.evaluate import evaluate
+from training.linear import fit
 from training.loop import learning_rate, train
 from training.objectives import Classification, drop_tokens
 from training.prepare import provenance
@@ -205,6 +206,16 @@ def test_two_trainings_never_work_in_one_run(easy_dir: Path, tmp_path: Path) -> 
         train(config)
     assert {path.name: path.read_bytes() for path in config.output_dir.iterdir()} == before
     assert train(config) == config.output_dir
+
+
+@pytest.mark.parametrize("kind", ["network", "linear"])
+def test_two_trainings_never_begin_one_run(kind: str, easy_dir: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with runs.hold(run):
+        with pytest.raises(TrainingError, match=r"another training is at work in .*run: let"):
+            train(tiny_config(easy_dir, run)) if kind == "network" else fit(LinearConfig("easy", easy_dir, run))
+        assert [path.name for path in run.iterdir()] == [runs.LOCK]
+    assert not run.exists(), "one that could not begin leaves nothing"
 
 
 def test_a_run_goes_on_with_the_texts_that_it_was_begun_with_wherever_they_lie(run: Path, tmp_path: Path) -> None:

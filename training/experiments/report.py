@@ -134,7 +134,7 @@ def _results_table(results: Sequence[Result]) -> str:
             model,
             *(_of_seeds(name, several) for name in FIGURES),
             "-" if several[0].published is None else f"{several[0].published:.4f}",
-            f"{several[0].trained_on:,} / {several[0].texts:,}",
+            f"{_range([one.trained_on for one in several])} / {_range([one.texts for one in several])}",
         ]
         for (row, test, model), several in groups(results).items()
     ]
@@ -146,6 +146,11 @@ def _of_seeds(name: str, several: Sequence[Result]) -> str:
     values = [one.last[name] for one in several if name in one.last]
     some = f" ({len(values)} of {len(several)} seeds)" if 0 < len(values) < len(several) else ""
     return spread(values) + some
+
+
+def _range(counts: Sequence[int]) -> str:
+    """The lowest and the highest, or the one that all seeds have."""
+    return " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)}))
 
 
 def _differences_table(results: Sequence[Result]) -> str:

@@ -93,11 +93,19 @@ def _finish(config: ExperimentsConfig, experiment: Experiment, cell: Cell, seed:
             figures[test.key] = _evaluate(config, run, test, seed)
             runs.write_json(run / FIGURES, figures)
     bundle = config.place / "bundles" / run.name
-    if experiment.by_precision and not (bundle / MANIFEST).exists():
+    if experiment.by_precision and not is_of(bundle, run):
         # However far INT8 is off: that is what is asked here.
         limits = ["--max-accuracy-lost", "1", "--min-labels-agree", "0"]
         children.run("model_export", [run, bundle, "--data-dir", config.place / "data", *limits], run / f"export.{LOG}")
     return Finished(cell, seed, run, figures, bundle if experiment.by_precision else None)
+
+
+def is_of(bundle: Path, run: Path) -> bool:
+    """Whether the bundle is there, and of this run and not of one that stood there before."""
+    if not (bundle / MANIFEST).exists():
+        return False
+    made_of = json.loads((bundle / MANIFEST).read_text(encoding="utf-8"))["training"]["run_id"]
+    return bool(made_of == runs.read_info(run).provenance["run_id"])
 
 
 def train_config(config: ExperimentsConfig, cell: Cell, seed: int) -> TrainConfig:
