@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,7 +61,13 @@ def test_a_text_is_weighed_as_by_hand() -> None:
 def test_it_learns_and_is_read_back_as_it_was(floor: Path, easy_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fitted: list[LinearModel] = []
     solve = linear._solve
-    monkeypatch.setattr(linear, "_solve", lambda *given: fitted.append(solve(*given)) or fitted[0])
+
+    def slowly(*given: Any) -> LinearModel:
+        time.sleep(0.02)  # so that there are hours to be told of, to the hundredth of a second
+        fitted.append(solve(*given))
+        return fitted[0]
+
+    monkeypatch.setattr(linear, "_solve", slowly)
     figures = fit(LinearConfig("easy", easy_dir, floor))  # the same options again: the same run
     assert figures["accuracy"] > 0.9
     logits_RNC = read_linear(floor).logits(TEXTS)
