@@ -23,7 +23,7 @@ class Export:
     run: tyro.conf.Positional[Path]
     """The run directory."""
     out: tyro.conf.Positional[Path]
-    """The bundle directory to write, models/TASK-ARCHITECTURE by custom; a bundle that stands there is replaced."""
+    """The bundle directory to write, models/TASK-ARCHITECTURE by custom; one of that name that is there is replaced."""
     data_dir: Path | None = None
     """Read the run's data set here instead of from the hub: INT8's scales, calibration and proof need it."""
     judge_on: tuple[str, ...] = ()
