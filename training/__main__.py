@@ -1,4 +1,4 @@
-"""`python -m training`: pretrain, train, linear, evaluate, record, and repeat the published experiments."""
+"""`python -m training`: pretrain, train, linear, states, evaluate, record, and repeat the published experiments."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from training.config import LinearConfig, PretrainConfig, RunConfig, TrainConfig
+from training.config import LinearConfig, PretrainConfig, RunConfig, StatesConfig, TrainConfig
 from training.errors import TrainingError
 from training.experiments.options import ExperimentsConfig
 
@@ -47,7 +47,7 @@ class RecordConfig:
 
 
 TRAININGS: Mapping[str, type[RunConfig]] = {"pretrain": PretrainConfig, "train": TrainConfig}
-RESUMED = frozenset({*TRAININGS, "experiments"})
+RESUMED = frozenset({*TRAININGS, "states", "experiments"})
 
 
 def main(arguments: list[str]) -> int:
@@ -57,6 +57,7 @@ def main(arguments: list[str]) -> int:
             Annotated[PretrainConfig, tyro.conf.subcommand("pretrain")]
             | Annotated[TrainConfig, tyro.conf.subcommand("train")]
             | Annotated[LinearConfig, tyro.conf.subcommand("linear")]
+            | Annotated[StatesConfig, tyro.conf.subcommand("states")]
             | Annotated[EvaluateConfig, tyro.conf.subcommand("evaluate")]
             | Annotated[RecordConfig, tyro.conf.subcommand("record")]
             | Annotated[ExperimentsConfig, tyro.conf.subcommand("experiments")],
@@ -77,7 +78,13 @@ def main(arguments: list[str]) -> int:
 
 
 def _run(
-    command: PretrainConfig | TrainConfig | LinearConfig | EvaluateConfig | RecordConfig | ExperimentsConfig,
+    command: PretrainConfig
+    | TrainConfig
+    | LinearConfig
+    | StatesConfig
+    | EvaluateConfig
+    | RecordConfig
+    | ExperimentsConfig,
 ) -> None:
     match command:
         case PretrainConfig():
@@ -98,6 +105,10 @@ def _run(
                 f"run written to {command.output_dir}: validation accuracy {figures['accuracy']:.4f}, macro F1 "
                 f"{figures['macro_f1']:.4f}; next: python -m training train --teacher {command.output_dir}"
             )
+        case StatesConfig():
+            from training.states import collect  # as above
+
+            print(f"states written to {collect(command)}; next: python -m training train --states {command.output_dir}")
         case EvaluateConfig():
             _evaluate(command)
         case RecordConfig():

@@ -1,4 +1,4 @@
-"""The options of a training: what `train`, `pretrain` and `linear` take, and a run keeps in `config.json`."""
+"""The options of a training: what `train`, `pretrain`, `linear` and `states` take, and a run keeps in `config.json`."""
 
 import math
 from dataclasses import dataclass
@@ -19,6 +19,11 @@ SEEDS = 2**32
 def check_seed(seed: int) -> None:
     if not 0 <= seed < SEEDS:
         raise TrainingError(f"--seed is {seed}; a whole number from 0 to {SEEDS - 1} is needed")
+
+
+def check_share(train_share: float) -> None:
+    if not 0 < train_share <= 1:
+        raise TrainingError(f"--train-share {train_share}: a share above 0 and up to 1 is needed")
 
 
 @dataclass(frozen=True)
@@ -91,8 +96,7 @@ class RunConfig:
                 raise TrainingError(f"--{name.replace('_', '-')} is {value}; a number above 0 is needed")
         if not 0 <= self.weight_decay < math.inf:
             raise TrainingError(f"--weight-decay is {self.weight_decay}; 0 or a number above is needed")
-        if not 0 < self.train_share <= 1:
-            raise TrainingError(f"--train-share {self.train_share}: a share above 0 and up to 1 is needed")
+        check_share(self.train_share)
         if self.max_tokens < FEWEST_TOKENS:
             raise TrainingError(f"--max-tokens is {self.max_tokens}; at least {FEWEST_TOKENS} are needed")
         if self.vocabulary < SMALLEST_VOCABULARY:
@@ -133,12 +137,16 @@ class TrainConfig(RunConfig):
     """Softens the probabilities of teacher and student for their comparison."""
     teacher_weight: float = 0.5
     """The teacher's share of the loss; the labels have the rest."""
+    states: Path | None = None
+    """Learn also to guess what a language model made of each word: a directory that `states` has written."""
+    states_weight: float = 16.0
+    """What such a guess counts in the loss, where labels and teachers count one."""
     token_dropout: float = 0.1
     """Share of tokens replaced by [MASK] in training."""
     label_smoothing: float = 0.0
 
     shares: ClassVar[tuple[str, ...]] = (*RunConfig.shares, "token_dropout", "label_smoothing")
-    amounts: ClassVar[tuple[str, ...]] = (*RunConfig.amounts, "temperature")
+    amounts: ClassVar[tuple[str, ...]] = (*RunConfig.amounts, "temperature", "states_weight")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -184,3 +192,35 @@ class LinearConfig:
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
+
+
+@dataclass(frozen=True)
+class StatesConfig:
+    """Keeps what a language model makes of each word of a data set's training texts, for `train --states`.
+
+    Started several times with the same options, the processes share the work, and go on where others were stopped.
+    """
+
+    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    """A causal language model built like Llama: a hub id, a folder that transformers reads, or a .gguf file."""
+    layer: int = 15
+    """Whose states are kept; those above it are not run."""
+    columns: int = 128
+    """How many principal components of each state are kept."""
+    max_tokens: int = 128
+    """The language model's tokens that are read of a text."""
+    dataset: str = "passages"
+    """As of `train`."""
+    data_dir: Path | None = None
+    """Read NAME/{train,validation,test}.{jsonl,csv,tsv,parquet} (text also .gz) here instead of from the hub."""
+    train_share: float = 1.0
+    """Ask about this share of the training texts, drawn by the seed."""
+    output_dir: Path = Path("runs/states")
+    seed: int = 13
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        for name in ("layer", "columns", "max_tokens"):
+            if (value := getattr(self, name)) < 1:
+                raise TrainingError(f"--{name.replace('_', '-')} is {value}; at least 1 is needed")
+        check_share(self.train_share)

@@ -144,6 +144,13 @@ def unlabelled(names: Sequence[str], data_dir: Path | None) -> Dataset:
     return Dataset("+".join(names), "pretraining", (), train, held_out, None)
 
 
+def draw_share(dataset: Dataset, share: float, seed: int) -> Dataset:
+    """The same with a share of its training split."""
+    count = len(dataset.train)
+    chosen = random.Random(seed).sample(range(count), max(1, round(count * share)))
+    return replace(dataset, train=dataset.train.pick(sorted(chosen)))
+
+
 def _from_files(name: str, data_dir: Path) -> Dataset:
     source = SOURCES.get(name)
     candidates = [data_dir / folder for folder in (source.folders if source else (name,))]

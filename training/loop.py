@@ -23,8 +23,9 @@ from training.batches import epoch_batches
 from training.config import RunConfig, TrainConfig
 from training.errors import TrainingError
 from training.metrics import Log, Meter
-from training.objectives import Classification, Objective
+from training.objectives import Classification, Objective, StateGuessing
 from training.prepare import prepare_dataset, prepare_run
+from training.states import read_states
 from training.stopping import StopRequest, stop_on_signal
 from training.teacher import check_teachers, teach
 
@@ -63,11 +64,13 @@ def train(config: TrainConfig) -> Path:
     accelerator = make_accelerator(config)
     dataset = prepare_dataset(config)
     check_teachers(config.teacher, dataset.labels, config.output_dir)
+    states = read_states(config.states) if config.states else None
     with alone(config, accelerator):
         with accelerator.main_process_first():
             info = prepare_run(config, dataset) if accelerator.is_main_process else runs.read_info(config.output_dir)
             taught_NC = teach(config.teacher, dataset.train.texts, config.output_dir, accelerator.device)
-        return run_loop(config, accelerator, Classification(config, dataset, info, taught_NC))
+        classification = Classification(config, dataset, info, taught_NC)
+        return run_loop(config, accelerator, StateGuessing(classification, states) if states else classification)
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:

@@ -10,13 +10,19 @@ from torch import Tensor, nn
 
 from training import run as runs
 from training.architectures.encoder import Encoder
+from training.architectures.leaves import RMSNorm
 from training.batches import pad
 from training.config import TrainConfig
 from training.data import Dataset
+from training.errors import TrainingError
 from training.evaluate import predict
 from training.run import RunInfo
 from training.scores import score
-from training.tokenizer import CLASSIFY_ID, MASK_ID, PAD_ID, encode
+from training.states import States, last_tokens
+from training.tokenizer import CLASSIFY_ID, MASK_ID, PAD_ID, encode, encode_offsets
+
+FARTHEST = 6.0
+"""In standard deviations: what a state may be away from the mean and still be meant as it is."""
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -61,17 +67,26 @@ class Classification(Objective[Encoder]):
         return model
 
     def loss(self, model: nn.Module, batch: Sequence[int], iterations: int | None) -> Tensor:
-        device = next(model.parameters()).device
+        ids_BL, mask_BL = self.inputs(batch, next(model.parameters()).device)
+        return self.loss_of(model(ids_BL, mask_BL, iterations), batch)
+
+    def inputs(self, batch: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Ids, some of them masked, and the mask of tokens."""
         ids_BL, mask_BL = pad([self.ids[index] for index in batch])
         ids_BL = drop_tokens(ids_BL, self.config.token_dropout).to(device)
-        labels_B = torch.tensor([self.dataset.train.labels[index] for index in batch], device=device)
-        logits_RBC = model(ids_BL, None if mask_BL is None else mask_BL.to(device), iterations).float()
+        return ids_BL, None if mask_BL is None else mask_BL.to(device)
+
+    def loss_of(self, logits_RBC: Tensor, batch: Sequence[int]) -> Tensor:
+        """What every iteration's answers to these texts cost."""
+        logits_RBC = logits_RBC.float()
+        labels_B = torch.tensor([self.dataset.train.labels[index] for index in batch], device=logits_RBC.device)
         loss = F.cross_entropy(
             logits_RBC.flatten(0, 1), labels_B.repeat(len(logits_RBC)), label_smoothing=self.config.label_smoothing
         )
         if self.taught_NC is None:
             return loss
-        taught = distillation_loss(logits_RBC, self.taught_NC[list(batch)].to(device), self.config.temperature)
+        taught_BC = self.taught_NC[list(batch)].to(logits_RBC.device)
+        taught = distillation_loss(logits_RBC, taught_BC, self.config.temperature)
         return (1 - self.config.teacher_weight) * loss + self.config.teacher_weight * taught
 
     def validate(self, model: Encoder) -> list[dict[str, float]]:
@@ -82,6 +97,81 @@ class Classification(Objective[Encoder]):
 
     def weights(self, model: Encoder) -> Mapping[str, Tensor]:
         return model.state_dict()
+
+
+class StateGuesser(nn.Module):
+    """An encoder that also guesses, from its hidden state of a word's last token, a language model's of that word."""
+
+    def __init__(self, encoder: Encoder, columns: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.norm = RMSNorm(encoder.config.width)
+        self.guess = nn.Linear(encoder.config.width, columns)
+
+    def forward(
+        self, ids_BL: Tensor, mask_BL: Tensor | None, words_W: tuple[Tensor, Tensor], iterations: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Every iteration's logits (R, B, C), and its guesses (R, W, columns) for the words of rows and places."""
+        h_BLD = self.encoder.embed(ids_BL)
+        logits_BC, guesses_WC = [], []
+        for _ in range(iterations or self.encoder.config.iterations):
+            h_BLD, step_logits_BC = self.encoder.step(h_BLD, mask_BL)
+            logits_BC.append(step_logits_BC)
+            guesses_WC.append(self.guess(self.norm(h_BLD[words_W])))
+        return torch.stack(logits_BC), torch.stack(guesses_WC)
+
+
+class StateGuessing(Objective[StateGuesser]):
+    """Classification, and for each word that a language model was asked about, how far the guess of its state is."""
+
+    def __init__(self, classification: Classification, states: States) -> None:
+        self.classification, self.states, self.ids = classification, states, classification.ids
+        config, texts = classification.config, classification.dataset.train.texts
+        if not any(states.of(text) is not None for text in texts):
+            raise TrainingError(
+                f"--states {config.states} knows none of the {len(texts):,} training texts: give the --dataset, "
+                "--train-share and --seed that it was made with"
+            )
+        self.ends = [
+            last_tokens(text, offsets[: config.max_tokens])
+            for text, offsets in zip(texts, encode_offsets(classification.tokenizer, texts), strict=True)
+        ]
+
+    def build_model(self) -> StateGuesser:
+        return StateGuesser(self.classification.build_model(), self.states.columns)
+
+    def loss(self, model: nn.Module, batch: Sequence[int], iterations: int | None) -> Tensor:
+        device = next(model.parameters()).device
+        ids_BL, mask_BL = self.classification.inputs(batch, device)
+        rows_W, places_W, states_WC = (part.to(device) for part in self._words(batch))
+        logits_RBC, guesses_RWC = model(ids_BL, mask_BL, (rows_W, places_W), iterations)
+        # Half a square near the state and a line farther off: a few words are many deviations from the mean.
+        distance = F.smooth_l1_loss(guesses_RWC.float(), states_WC.expand_as(guesses_RWC), reduction="none")
+        return self.classification.loss_of(
+            logits_RBC, batch
+        ) + self.classification.config.states_weight * distance.sum() / max(1, distance.numel())
+
+    def _words(self, batch: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Row and place of the last token of every known word that is whole, (W,) twice, and its states (W, C)."""
+        rows: list[int] = []
+        places: list[int] = []
+        states = [torch.zeros(0, self.states.columns)]
+        for row, index in enumerate(batch):
+            states_WC = self.states.of(self.classification.dataset.train.texts[index])
+            if states_WC is None:
+                continue
+            known = {word: place for word, place in self.ends[index].items() if not states_WC[word, 0].isnan()}
+            rows += [row] * len(known)
+            places += known.values()
+            states.append(states_WC[list(known)].float().clamp(-FARTHEST, FARTHEST))
+        return torch.tensor(rows, dtype=torch.int64), torch.tensor(places, dtype=torch.int64), torch.cat(states)
+
+    def validate(self, model: StateGuesser) -> list[dict[str, float]]:
+        return self.classification.validate(model.encoder)
+
+    def weights(self, model: StateGuesser) -> Mapping[str, Tensor]:
+        """The encoder alone, as of any training."""
+        return model.encoder.state_dict()
 
 
 def drop_tokens(ids_BL: Tensor, share: float) -> Tensor:

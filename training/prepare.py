@@ -2,11 +2,10 @@
 
 import hashlib
 import importlib.metadata
-import random
 import secrets
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,21 +15,16 @@ from tokenizers import Tokenizer
 
 from training import run as runs
 from training.config import LinearConfig, RunConfig, TrainConfig
-from training.data import Dataset, load_dataset
+from training.data import Dataset, draw_share, load_dataset
 from training.errors import TrainingError
 from training.run import RunInfo
+from training.states import read_id
 from training.tokenizer import learn_tokenizer
 
 
 def prepare_dataset(config: TrainConfig) -> Dataset:
     """The data set that the options name, with the share of its training split that they ask for."""
-    return draw_share(load_dataset(config.dataset, config.data_dir), config)
-
-
-def draw_share(dataset: Dataset, config: RunConfig) -> Dataset:
-    count = len(dataset.train)
-    chosen = random.Random(config.seed).sample(range(count), max(1, round(count * config.train_share)))
-    return replace(dataset, train=dataset.train.pick(sorted(chosen)))
+    return draw_share(load_dataset(config.dataset, config.data_dir), config.train_share, config.seed)
 
 
 def prepare_run(config: RunConfig, dataset: Dataset) -> RunInfo:
@@ -108,6 +102,7 @@ def recorded_options(config: RunConfig | LinearConfig) -> dict[str, Any]:
         del options["init_from"]
         options["initialised_from"] = _run_id(config.init_from)
         options["teacher"] = [_run_id(teacher) for teacher in config.teacher]
+        options["states"] = read_id(config.states) if config.states else None
     return options
 
 

@@ -16,11 +16,11 @@ from training.architectures.encoder import Encoder
 from training.architectures.leaves import RMSNorm
 from training.batches import pad
 from training.config import PretrainConfig
-from training.data import Dataset, unlabelled
+from training.data import Dataset, draw_share, unlabelled
 from training.evaluate import BATCH_SIZE
 from training.loop import alone, denormals_as_zero, make_accelerator, run_loop
 from training.objectives import Objective
-from training.prepare import draw_share, prepare_run
+from training.prepare import prepare_run
 from training.run import RunInfo
 from training.tokenizer import MASK_ID, SPECIAL_TOKENS, encode_whole
 
@@ -32,7 +32,7 @@ MASKED, REPLACED = 0.8, 0.1
 def pretrain(config: PretrainConfig) -> Path:
     """Pretrains (or resumes); the run directory it returns is for `train --init-from`."""
     accelerator = make_accelerator(config)
-    dataset = draw_share(unlabelled(config.datasets, config.data_dir), config)
+    dataset = draw_share(unlabelled(config.datasets, config.data_dir), config.train_share, config.seed)
     with alone(config, accelerator):
         with accelerator.main_process_first():
             info = prepare_run(config, dataset) if accelerator.is_main_process else runs.read_info(config.output_dir)

@@ -78,3 +78,10 @@ def encode_whole(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[list[in
     for start in range(0, len(texts), ENCODED_AT_ONCE):
         for encoding in tokenizer.encode_batch_fast(list(texts[start : start + ENCODED_AT_ONCE])):
             yield encoding.ids
+
+
+def encode_offsets(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[list[tuple[int, int]]]:
+    """The characters of its text that each token stands for; none for the first, [CLS]."""
+    for start in range(0, len(texts), ENCODED_AT_ONCE):
+        for encoding in tokenizer.encode_batch(list(texts[start : start + ENCODED_AT_ONCE])):
+            yield encoding.offsets
