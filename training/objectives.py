@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Generic, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -132,8 +133,9 @@ class StateGuessing(Objective[StateGuesser]):
                 f"--states {config.states} knows none of the {len(texts):,} training texts: give the --dataset, "
                 "--train-share and --seed that it was made with"
             )
+        # Of each text its words and their last tokens; arrays, as millions of words in dictionaries take gigabytes.
         self.ends = [
-            last_tokens(text, offsets[: config.max_tokens])
+            np.array([*last_tokens(text, offsets[: config.max_tokens]).items()], np.int32).reshape(-1, 2)
             for text, offsets in zip(texts, encode_offsets(classification.tokenizer, texts), strict=True)
         ]
 
@@ -153,18 +155,23 @@ class StateGuessing(Objective[StateGuesser]):
 
     def _words(self, batch: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Row and place of the last token of every known word that is whole, (W,) twice, and its states (W, C)."""
-        rows: list[int] = []
-        places: list[int] = []
-        states = [torch.zeros(0, self.states.columns)]
+        rows, places, states = [], [], []
         for row, index in enumerate(batch):
             states_WC = self.states.of(self.classification.dataset.train.texts[index])
             if states_WC is None:
                 continue
-            known = {word: place for word, place in self.ends[index].items() if not states_WC[word, 0].isnan()}
-            rows += [row] * len(known)
-            places += known.values()
-            states.append(states_WC[list(known)].float().clamp(-FARTHEST, FARTHEST))
-        return torch.tensor(rows, dtype=torch.int64), torch.tensor(places, dtype=torch.int64), torch.cat(states)
+            words_W, places_W = torch.from_numpy(self.ends[index]).long().unbind(1)
+            known_W = ~states_WC[words_W, 0].isnan()
+            places.append(places_W[known_W])
+            rows.append(torch.full_like(places[-1], row))
+            states.append(states_WC[words_W[known_W]].float().clamp(-FARTHEST, FARTHEST))
+        if not rows:
+            return (
+                torch.zeros(0, dtype=torch.long),
+                torch.zeros(0, dtype=torch.long),
+                torch.zeros(0, self.states.columns),
+            )
+        return torch.cat(rows), torch.cat(places), torch.cat(states)
 
     def validate(self, model: StateGuesser) -> list[dict[str, float]]:
         return self.classification.validate(model.encoder)
