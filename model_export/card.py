@@ -8,7 +8,7 @@ import numpy as np
 from model_export.judge import SplitLogits, Splits
 from service.manifest import Card, LengthQuarter, Lengths, Manifest, Origin, Weakness
 from training.data import origins
-from training.run import RunInfo, learned_from
+from training.run import RunInfo, language_models, learned_from
 from training.scores import score
 
 README = "README.md"
@@ -31,7 +31,7 @@ def write_card(info: RunInfo, train_lengths: Sequence[int], max_tokens: int, spl
         lengths=lengths,
         weakest=[_weakest(splits, split, logits_RNC) for split, logits_RNC in fp32.items()],
         by_length=_by_length(splits, fp32),
-        limits=_limits(data, splits.labels, max_tokens, trained_tokens, lengths),
+        limits=_limits(data, language_models(info), splits.labels, max_tokens, trained_tokens, lengths),
     )
 
 
@@ -58,7 +58,12 @@ def _by_length(splits: Splits, fp32: SplitLogits) -> list[LengthQuarter]:
 
 
 def _limits(
-    data: Sequence[Origin], labels: Sequence[str], max_tokens: int, trained_tokens: int, lengths: Lengths
+    data: Sequence[Origin],
+    teachers: Sequence[str],
+    labels: Sequence[str],
+    max_tokens: int,
+    trained_tokens: int,
+    lengths: Lengths,
 ) -> list[str]:
     kinds: dict[str, list[str]] = {}
     for one in data:
@@ -66,6 +71,11 @@ def _limits(
     learned = "; ".join(f"{language} ({', '.join(those)})" for language, those in kinds.items()) or "texts of one's own"
     return [
         f"Learned from: {learned}. How good it is on other languages and other sorts of text was not measured.",
+        *(
+            f"Learned also what the language model {name} makes of words: texts that it has read, those of a test "
+            "among them perhaps, are not known here."
+            for name in teachers
+        ),
         f"Every text is given one of {', '.join(labels)}: there is no answer for what is none of them, or several.",
         f"Of a text longer than {max_tokens} tokens only the beginning counts; in training it was {trained_tokens} "
         f"tokens, and {lengths.share_cut:.1%} of the texts were longer.",

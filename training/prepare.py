@@ -18,7 +18,7 @@ from training.config import LinearConfig, RunConfig, TrainConfig
 from training.data import Dataset, draw_share, load_dataset
 from training.errors import TrainingError
 from training.run import RunInfo
-from training.states import read_id
+from training.states import read_id, read_model_name
 from training.tokenizer import learn_tokenizer
 
 
@@ -41,7 +41,11 @@ def prepare_run(config: RunConfig, dataset: Dataset) -> RunInfo:
         encoder=asdict(config.encoder(max(1, len(dataset.labels)), tokenizer.get_vocab_size())),
         options=options,
         provenance=provenance(dataset, config.architecture, config.seed, ("torch", "tokenizers", "accelerate"))
-        | {"initialised_from": options.get("initialised_from"), "learned_from": _learned_from(config, dataset)},
+        | {
+            "initialised_from": options.get("initialised_from"),
+            "learned_from": _learned_from(config, dataset),
+            "language_models": _language_models(config),
+        },
     )
     if isinstance(config, TrainConfig) and config.init_from:
         runs.initialise(info.build_model(), info.labels, config.init_from)  # or a run that cannot begin stands there
@@ -112,9 +116,21 @@ def _run_id(run: Path | None) -> str | None:
 
 def _learned_from(config: RunConfig, dataset: Dataset) -> list[str]:
     """Names of all data sets in this run's weights: its own, and what the run that it began from and teachers saw."""
-    earlier = [config.init_from, *config.teacher] if isinstance(config, TrainConfig) else []
-    names = [name for run in earlier if run for name in runs.learned_from(runs.read_info(run))]
+    names = [name for info in _earlier(config) for name in runs.learned_from(info)]
     return list(dict.fromkeys([*names, *dataset.name.split("+")]))
+
+
+def _language_models(config: RunConfig) -> list[str]:
+    """The language models whose states are in this run's weights, likewise."""
+    own = [read_model_name(config.states)] if isinstance(config, TrainConfig) and config.states else []
+    names = [name for info in _earlier(config) for name in runs.language_models(info)]
+    return list(dict.fromkeys([*names, *own]))
+
+
+def _earlier(config: RunConfig) -> list[RunInfo]:
+    """The run that this one begins from, and its teachers."""
+    directories = [config.init_from, *config.teacher] if isinstance(config, TrainConfig) else []
+    return [runs.read_info(run) for run in directories if run]
 
 
 def provenance(dataset: Dataset, architecture: str, seed: int, packages: Sequence[str]) -> dict[str, Any]:

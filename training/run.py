@@ -61,6 +61,11 @@ def learned_from(info: RunInfo) -> list[str]:
     return list(info.provenance.get("learned_from") or [info.provenance["dataset"]])
 
 
+def language_models(info: RunInfo) -> list[str]:
+    """Names of those whose states of words the weights have learned, those of earlier runs too."""
+    return list(info.provenance.get("language_models") or [])
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     replace(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 

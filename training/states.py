@@ -89,6 +89,11 @@ def read_id(directory: Path) -> str:
     return str(_read_info(directory)["id"])
 
 
+def read_model_name(directory: Path) -> str:
+    """The language model's: its hub id, or the name of its folder or file."""
+    return str(_read_info(directory)["options"]["model"])
+
+
 def _read_info(directory: Path) -> dict[str, Any]:
     path = directory / runs.CONFIG
     try:

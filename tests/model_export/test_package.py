@@ -165,13 +165,15 @@ def test_the_card_names_the_data_of_earlier_runs_too(
     run_dirs: Mapping[Architecture, Path], data_dir: Path, tmp_path: Path
 ) -> None:
     provenance = read_info(run_dirs["baseline"]).provenance | {
-        "learned_from": ["imdb", "sentiment", "sentences", tiny.DATASET]
+        "learned_from": ["imdb", "sentiment", "sentences", tiny.DATASET],
+        "language_models": ["some/language-model"],
     }
     run = altered_run(run_dirs["baseline"], tmp_path / "run", provenance=provenance)
     card = load_bundle(export(export_options(run, tmp_path / "out", data_dir))).manifest.card
     told = [(one.name, one.kind) for one in card.data]
     assert told.count(("imdb", "film reviews")) == told.count(("imdb", "sentences of film reviews")) == 1
     assert "film reviews" in card.limits[0]
+    assert "the language model some/language-model" in card.limits[1]
 
 
 def test_only_a_bundle_or_nothing_is_replaced(

@@ -212,7 +212,7 @@ def test_a_block_that_another_process_has_is_left_to_it_and_taken_over_where_it_
     assert len(read_states(collect(config(tmp_path / "states"))).places) == len(set(TEXTS))
 
 
-def test_a_student_learns_to_guess_the_states(kept: Path, easy_dir: Path, tmp_path: Path) -> None:
+def test_a_student_learns_to_guess_the_states(kept: Path, language_model: Path, easy_dir: Path, tmp_path: Path) -> None:
     """Far better than by the mean, for texts that share no sentence; and what is left behind is any run's encoder."""
     config = student(easy_dir, tmp_path / "run", kept, num_epochs=12, states_weight=30.0)
     before, after = distance(config, trained=False), distance(train(config) and config, trained=True)
@@ -220,10 +220,12 @@ def test_a_student_learns_to_guess_the_states(kept: Path, easy_dir: Path, tmp_pa
     run = tmp_path / "run"
     assert set(load_file(run / runs.WEIGHTS)) == set(runs.read_model(run).state_dict())
     assert runs.read_info(run).options["states"] == module.read_id(kept)
+    begun = train(student(easy_dir, tmp_path / "begun", None, init_from=run, num_epochs=1))
+    assert runs.language_models(runs.read_info(begun)) == [language_model.name], "a later run's weights know it, too"
     assert str(kept) not in (run / runs.CONFIG).read_text()
 
 
-def student(data_dir: Path, output_dir: Path, states: Path, **changes: Any) -> TrainConfig:
+def student(data_dir: Path, output_dir: Path, states: Path | None, **changes: Any) -> TrainConfig:
     return tiny_config(data_dir, output_dir, states=states, token_dropout=0.0, dropout=0.0, **changes)
 
 
