@@ -14,11 +14,10 @@ import torch
 from tokenizers import Tokenizer
 
 from training import run as runs
-from training.config import LinearConfig, RunConfig, TrainConfig
+from training.config import LinearConfig, RunConfig, StatesConfig, TrainConfig
 from training.data import Dataset, draw_share, load_dataset
 from training.errors import TrainingError
 from training.run import RunInfo
-from training.states import read_id, read_model_name
 from training.tokenizer import learn_tokenizer
 
 
@@ -97,7 +96,7 @@ def _tokenizer(config: RunConfig, dataset: Dataset) -> Tokenizer:
     return learn_tokenizer(dataset.train.texts, config.tokenizer, config.vocabulary)
 
 
-def recorded_options(config: RunConfig | LinearConfig) -> dict[str, Any]:
+def recorded_options(config: RunConfig | LinearConfig | StatesConfig) -> dict[str, Any]:
     """The options as a run keeps them: those that shape the result; where files lie does not."""
     options = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
     for place in ("data_dir", "output_dir"):
@@ -106,7 +105,7 @@ def recorded_options(config: RunConfig | LinearConfig) -> dict[str, Any]:
         del options["init_from"]
         options["initialised_from"] = _run_id(config.init_from)
         options["teacher"] = [_run_id(teacher) for teacher in config.teacher]
-        options["states"] = read_id(config.states) if config.states else None
+        options["states"] = _run_id(config.states)
     return options
 
 
@@ -122,7 +121,7 @@ def _learned_from(config: RunConfig, dataset: Dataset) -> list[str]:
 
 def _language_models(config: RunConfig) -> list[str]:
     """The language models whose states are in this run's weights, likewise."""
-    own = [read_model_name(config.states)] if isinstance(config, TrainConfig) and config.states else []
+    own = [runs.read_info(config.states).options["model"]] if isinstance(config, TrainConfig) and config.states else []
     names = [name for info in _earlier(config) for name in runs.language_models(info)]
     return list(dict.fromkeys([*names, *own]))
 

@@ -13,7 +13,8 @@ from training.errors import TrainingError
 def record(directories: Sequence[Path], output: Path) -> str:
     """Writes `output`.json and `output`.md; returns the table. Rows of other runs that stand there stay, before these.
 
-    Hours are those of training, without validation, up to the last step that was logged.
+    Hours are those of training, without validation, up to the last step that was logged; of several processes at
+    the same states their sum.
     """
     rows, path = [cost(run) for run in directories], output.with_suffix(".json")
     earlier = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
@@ -38,10 +39,10 @@ def cost(run: Path) -> dict[str, Any]:
         "run": info.provenance["run_id"],
         "stage": _stage(info),
         "dataset": info.provenance["dataset"],
-        "architecture": info.architecture,
+        "architecture": info.options["model"] if info.architecture == runs.STATES else info.architecture,
         "machine": info.provenance.get("machine"),
         "precision": info.options.get("mixed_precision"),
-        "steps": written[-1]["step"] if speeds else None,  # a validation comes after the last of them
+        "steps": written[-1].get("step") if speeds else None,  # a validation comes after the last of them
         "tokens_per_second": {"median": round(median(speeds)), "lowest": min(speeds), "highest": max(speeds)}
         if speeds
         else None,
@@ -52,8 +53,8 @@ def cost(run: Path) -> dict[str, Any]:
 
 
 def _stage(info: runs.RunInfo) -> str:
-    if info.architecture == runs.LINEAR:
-        return "linear"
+    if info.architecture in (runs.LINEAR, runs.STATES):
+        return info.architecture
     return "train" if info.labels else "pretrain"
 
 

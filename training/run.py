@@ -37,6 +37,8 @@ WEIGHTS, LAST, CONFIG, TOKENIZER, METRICS, LOCK = (
 )  # fmt: skip
 LINEAR = "linear"
 """The architecture of a run that is no network: it has no tokenizer, and nothing to begin from or to export."""
+STATES = "states"
+"""That of a directory that is not a model at all: it holds what `train --states` takes."""
 HEAD = "head."
 """How the names of the classification head's weights begin."""
 
@@ -123,15 +125,22 @@ def read_model(run: Path, max_tokens: int | None = None) -> Encoder:
 
 
 def check_decides(run: Path, info: RunInfo) -> None:
-    """Raise TrainingError for a run that was only pretrained."""
+    """Raise TrainingError for what has no answers: a run that was only pretrained, or states."""
+    _check_no_states(run, info)
     if not info.labels:
         raise TrainingError(f"{run} was pretrained and decides nothing yet: go on with train --init-from {run}")
 
 
 def check_network(run: Path, info: RunInfo) -> None:
-    """Raise TrainingError for a linear run."""
+    """Raise TrainingError for a linear run, and for states."""
+    _check_no_states(run, info)
     if info.architecture == LINEAR:
         raise TrainingError(f"{run} is linear, not a network: it can be evaluated, and be a --teacher")
+
+
+def _check_no_states(run: Path, info: RunInfo) -> None:
+    if info.architecture == STATES:
+        raise TrainingError(f"{run} holds a language model's states, which are for train --states")
 
 
 def initialise(model: Encoder, labels: Sequence[str], run: Path) -> None:

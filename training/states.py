@@ -8,13 +8,10 @@ arXiv 1909.10351.
 import hashlib
 import json
 import re
-import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,8 +23,11 @@ from tqdm import tqdm
 
 from training import run as runs
 from training.config import StatesConfig
-from training.data import draw_share, load_dataset
+from training.data import Dataset, draw_share, load_dataset
 from training.errors import TrainingError
+from training.metrics import Meter
+from training.prepare import check_texts, provenance, recorded_options, standing_run
+from training.run import RunInfo
 
 PROJECTION = "projection.safetensors"
 BLOCK = 2000
@@ -64,7 +64,9 @@ class States:
 
 def read_states(directory: Path) -> States:
     """What `collect` has left there, read from the files as it is needed; TrainingError where it is not done."""
-    info = _read_info(directory)
+    info = runs.read_info(directory)
+    if info.architecture != runs.STATES:
+        raise TrainingError(f"{directory} is a run, and holds no states: python -m training states writes them")
     blocks: list[Tensor] = []
     places: dict[int, tuple[int, int, int]] = {}
     for path in sorted(directory.glob("block-*.safetensors")):
@@ -76,35 +78,12 @@ def read_states(directory: Path) -> States:
             blocks.append(block["states"])
         except (SafetensorError, KeyError) as error:
             raise TrainingError(f"{path} does not hold states of words: {error}") from error
-    if len(places) < info["texts"]:
+    if len(places) < info.encoder["texts"]:
         raise TrainingError(
-            f"{directory} holds the states of {len(places):,} of {info['texts']:,} texts: let python -m training "
-            "states finish, with the same options"
+            f"{directory} holds the states of {len(places):,} of {info.encoder['texts']:,} texts: let python -m "
+            "training states finish, with the same options"
         )
-    return States(info["options"]["columns"], blocks, places)
-
-
-def read_id(directory: Path) -> str:
-    """The name of these states, with that of the language model."""
-    return str(_read_info(directory)["id"])
-
-
-def read_model_name(directory: Path) -> str:
-    """The language model's: its hub id, or the name of its folder or file."""
-    return str(_read_info(directory)["options"]["model"])
-
-
-def _read_info(directory: Path) -> dict[str, Any]:
-    path = directory / runs.CONFIG
-    try:
-        info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if not {"id", "options"} <= info.keys():
-            raise ValueError("a run's, not that of states")
-    except FileNotFoundError as error:
-        raise TrainingError(f"{directory} holds no states: python -m training states writes them") from error
-    except (ValueError, AttributeError) as error:
-        raise TrainingError(f"{path} is not a configuration of states: {error}") from error
-    return info
+    return States(info.options["columns"], blocks, places)
 
 
 def collect(config: StatesConfig) -> Path:
@@ -120,9 +99,9 @@ def collect(config: StatesConfig) -> Path:
     directory = config.output_dir
     directory.mkdir(parents=True, exist_ok=True)
     with FileLock(directory / runs.LOCK, timeout=DEADLINE_S):
-        _begin(directory, config, texts)
+        _begin(config, dataset, len(texts))
         if not (directory / PROJECTION).exists():
-            states, _ = model.states(texts[:BLOCK])
+            states, _, _ = model.states(texts[:BLOCK])
             runs.replace(directory / PROJECTION, save(principal_components(states, config.columns)))
     projection = load_file(directory / PROJECTION)
     blocks = {
@@ -145,26 +124,31 @@ def collect(config: StatesConfig) -> Path:
     return directory
 
 
-def _begin(directory: Path, config: StatesConfig, texts: Sequence[str]) -> None:
+def _begin(config: StatesConfig, dataset: Dataset, texts: int) -> None:
     """Writes what the directory is for; TrainingError where it is for something else."""
-    options = {name: value for name, value in asdict(config).items() if name not in ("data_dir", "output_dir")}
-    options["model"] = Path(config.model).name if Path(config.model).exists() else config.model
-    about = {"options": options, "texts": len(texts), "texts_sha256": _digest(texts)}
-    if (directory / runs.CONFIG).exists():
-        standing = _read_info(directory)
-        if changed := [name for name, value in about.items() if standing.get(name) != value]:
-            raise TrainingError(
-                f"{directory} holds other states ({', '.join(changed)} differ): give the same options, or choose "
-                "another --output-dir"
-            )
+    options = recorded_options(config) | {"architecture": runs.STATES}
+    if Path(config.model).exists():
+        options["model"] = Path(config.model).name
+    if standing := standing_run(config.output_dir, options, {}):
+        check_texts(config.output_dir, standing, dataset)
         return
-    now, model = datetime.now(UTC), Path(options["model"]).name
-    name = f"states-{config.dataset}-{model}-{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
-    runs.write_json(directory / runs.CONFIG, {"id": name, **about})
+    name = f"{runs.STATES}-of-{Path(options['model']).name}"
+    info = RunInfo(
+        task=dataset.task,
+        labels=list(dataset.labels),
+        architecture=runs.STATES,
+        encoder={"texts": texts},
+        options=options,
+        provenance=provenance(dataset, name, config.seed, ("torch", "transformers")),
+    )
+    runs.write_info(config.output_dir, info)
 
 
 def _write_block(path: Path, model: "LanguageModel", texts: Sequence[str], projection: dict[str, Tensor]) -> None:
-    states_WD, words_N = model.states(texts)
+    meter = Meter()
+    states_WD, words_N, meter.tokens = model.states(texts)
+    with (path.parent / runs.METRICS).open("a") as file:
+        file.write(json.dumps({"block": path.stem, **meter.read()}) + "\n")
     columns_WC = (states_WD.float() - projection["mean"]) @ projection["matrix"]
     content = {
         "texts": torch.tensor([_key(text) for text in texts]),
@@ -224,8 +208,8 @@ class LanguageModel:
         self.model = model.to(self.device, torch.bfloat16).eval()
 
     @torch.inference_mode()
-    def states(self, texts: Sequence[str]) -> tuple[Tensor, list[int]]:
-        """(W, D) bfloat16, all words of all texts in their order, and how many each text has; NaN where unknown.
+    def states(self, texts: Sequence[str]) -> tuple[Tensor, list[int], int]:
+        """(W, D) bfloat16, all words of all texts in their order, NaN where unknown; words of each text; tokens read.
 
         The first token is left out: a causal model attends to it where it attends to nothing.
         """
@@ -246,7 +230,7 @@ class LanguageModel:
             for h_LD, index in zip(h_BLD, batch, strict=True):
                 known = {word: token for word, token in ends[index].items() if token > 0}
                 found[index][list(known)] = h_LD[list(known.values())]
-        return torch.cat(found), words_N
+        return torch.cat(found), words_N, sum(map(len, ids))
 
 
 def _batches(ids: Sequence[Sequence[int]], order: Sequence[int]) -> Iterator[list[int]]:
@@ -259,14 +243,6 @@ def _batches(ids: Sequence[Sequence[int]], order: Sequence[int]) -> Iterator[lis
         batch.append(index)
     if batch:
         yield batch
-
-
-def _digest(texts: Sequence[str]) -> str:
-    digest = hashlib.sha256()
-    for text in texts:
-        content = text.encode()
-        digest.update(b"%d " % len(content) + content)
-    return digest.hexdigest()
 
 
 def _key(text: str) -> int:

@@ -22,7 +22,9 @@ def check_teachers(teachers: Sequence[Path], labels: Sequence[str], run: Path) -
     Where `run` has not begun it must also be readable: else what stood there could not begin, nor anything else.
     """
     for teacher in teachers:
-        known = runs.read_info(teacher).labels
+        info = runs.read_info(teacher)
+        runs.check_decides(teacher, info)
+        known = info.labels
         if known != list(labels):
             raise TrainingError(f"--teacher {teacher} knows the labels {', '.join(known)}, not {', '.join(labels)}")
         if not (run / runs.CONFIG).exists():

@@ -21,6 +21,7 @@ from training.data import load_dataset
 from training.errors import TrainingError
 from training.loop import train
 from training.objectives import Classification, StateGuessing
+from training.record import cost
 from training.states import LanguageModel, collect, last_tokens, principal_components, read_states
 
 TEXTS = [record["text"] for record in easy_records(60)]
@@ -175,7 +176,7 @@ def test_it_goes_on_where_it_was_interrupted(
     asked: list[int] = []
     states_of = LanguageModel.states
 
-    def tire(model: LanguageModel, texts: Sequence[str]) -> tuple[Tensor, list[int]]:
+    def tire(model: LanguageModel, texts: Sequence[str]) -> tuple[Tensor, list[int], int]:
         asked.append(len(texts))
         if len(asked) == 4:
             raise KeyboardInterrupt
@@ -219,7 +220,7 @@ def test_a_student_learns_to_guess_the_states(kept: Path, language_model: Path, 
     assert after < 0.7 * before
     run = tmp_path / "run"
     assert set(load_file(run / runs.WEIGHTS)) == set(runs.read_model(run).state_dict())
-    assert runs.read_info(run).options["states"] == module.read_id(kept)
+    assert runs.read_info(run).options["states"] == runs.read_info(kept).provenance["run_id"]
     begun = train(student(easy_dir, tmp_path / "begun", None, init_from=run, num_epochs=1))
     assert runs.language_models(runs.read_info(begun)) == [language_model.name], "a later run's weights know it, too"
     assert str(kept) not in (run / runs.CONFIG).read_text()
@@ -299,20 +300,31 @@ def test_what_cannot_be_is_said_before_anything_is_written(
         with pytest.raises(TrainingError, match=complaint):
             collect(config(tmp_path / "states", **changes))
         assert not (tmp_path / "states").exists()
-    with pytest.raises(TrainingError, match="holds other states"):
+    with pytest.raises(TrainingError, match=r"holds a run with other options \(layer\)"):
         collect(config(kept, layer=1))
     with pytest.raises(TrainingError, match="--layer is 0; at least 1 is needed"):
         config(tmp_path, layer=0)
     with pytest.raises(TrainingError, match="--train-share 0"):
         config(tmp_path, train_share=0)
+    options = ["--dataset=easy", f"--data-dir={easy_dir}", f"--output-dir={tmp_path / 'student'}"]
     for states, complaint in (
-        (run, "is not a configuration of states"),
-        (tmp_path, "holds no states: python -m training states writes them"),
+        (run, "is a run, and holds no states: python -m training states writes them"),
+        (tmp_path, "is not a run directory"),
     ):
-        options = ["--dataset=easy", f"--data-dir={easy_dir}", f"--output-dir={tmp_path / 'student'}"]
         assert main(["train", *options, f"--states={states}"]) == 1
         assert complaint in capsys.readouterr().err
+    for option in ("init-from", "teacher"):
+        assert main(["train", *options, f"--{option}={kept}"]) == 1
+        assert "holds a language model's states, which are for train --states" in capsys.readouterr().err
     assert not (tmp_path / "student").exists()
+
+
+def test_what_it_cost_is_recorded(kept: Path, language_model: Path, tmp_path: Path) -> None:
+    found = cost(kept)
+    assert (found["stage"], found["dataset"], found["architecture"]) == ("states", "easy", language_model.name)
+    assert found["tokens_per_second"]["median"] > 0
+    assert main(["record", str(kept), f"--output={tmp_path / 'cost'}"]) == 0
+    assert f"| states | easy | {language_model.name} |" in (tmp_path / "cost.md").read_text()
 
 
 def test_a_broken_block_is_named(kept: Path, tmp_path: Path) -> None:
