@@ -65,6 +65,11 @@ def train(config: TrainConfig) -> Path:
     dataset = prepare_dataset(config)
     check_teachers(config.teacher, dataset.labels, config.output_dir)
     states = read_states(config.states) if config.states else None
+    if states and not states.know_any_of(dataset.train.texts):
+        raise TrainingError(
+            f"--states {config.states} knows none of the {len(dataset.train):,} training texts: give the --dataset, "
+            "--train-share and --seed that it was made with"
+        )
     with alone(config, accelerator):
         with accelerator.main_process_first():
             info = prepare_run(config, dataset) if accelerator.is_main_process else runs.read_info(config.output_dir)

@@ -15,7 +15,6 @@ from training.architectures.leaves import RMSNorm
 from training.batches import pad
 from training.config import TrainConfig
 from training.data import Dataset
-from training.errors import TrainingError
 from training.evaluate import predict
 from training.run import RunInfo
 from training.scores import score
@@ -128,11 +127,6 @@ class StateGuessing(Objective[StateGuesser]):
     def __init__(self, classification: Classification, states: States) -> None:
         self.classification, self.states, self.ids = classification, states, classification.ids
         config, texts = classification.config, classification.dataset.train.texts
-        if not any(states.of(text) is not None for text in texts):
-            raise TrainingError(
-                f"--states {config.states} knows none of the {len(texts):,} training texts: give the --dataset, "
-                "--train-share and --seed that it was made with"
-            )
         # Of each text its words and their last tokens; arrays, as millions of words in dictionaries take gigabytes.
         self.ends = [
             np.array([*last_tokens(text, offsets[: config.max_tokens]).items()], np.int32).reshape(-1, 2)
@@ -149,13 +143,13 @@ class StateGuessing(Objective[StateGuesser]):
         logits_RBC, guesses_RWC = model(ids_BL, mask_BL, (rows_W, places_W), iterations)
         # Half a square near the state and a line farther off: a few words are many deviations from the mean.
         distance = F.smooth_l1_loss(guesses_RWC.float(), states_WC.expand_as(guesses_RWC), reduction="none")
-        return self.classification.loss_of(
-            logits_RBC, batch
-        ) + self.classification.config.states_weight * distance.sum() / max(1, distance.numel())
+        guessing = self.classification.config.states_weight * distance.sum() / max(1, distance.numel())
+        return self.classification.loss_of(logits_RBC, batch) + guessing
 
     def _words(self, batch: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Row and place of the last token of every known word that is whole, (W,) twice, and its states (W, C)."""
-        rows, places, states = [], [], []
+        none = torch.zeros(0, dtype=torch.long)
+        rows, places, states = [none], [none], [torch.zeros(0, self.states.columns)]
         for row, index in enumerate(batch):
             states_WC = self.states.of(self.classification.dataset.train.texts[index])
             if states_WC is None:
@@ -165,12 +159,6 @@ class StateGuessing(Objective[StateGuesser]):
             places.append(places_W[known_W])
             rows.append(torch.full_like(places[-1], row))
             states.append(states_WC[words_W[known_W]].float().clamp(-FARTHEST, FARTHEST))
-        if not rows:
-            return (
-                torch.zeros(0, dtype=torch.long),
-                torch.zeros(0, dtype=torch.long),
-                torch.zeros(0, self.states.columns),
-            )
         return torch.cat(rows), torch.cat(places), torch.cat(states)
 
     def validate(self, model: StateGuesser) -> list[dict[str, float]]:

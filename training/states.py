@@ -61,6 +61,9 @@ class States:
         block, start, end = place
         return self.blocks[block][start:end]
 
+    def know_any_of(self, texts: Sequence[str]) -> bool:
+        return any(_key(text) in self.places for text in texts)
+
 
 def read_states(directory: Path) -> States:
     """What `collect` has left there, read from the files as it is needed; TrainingError where it is not done."""

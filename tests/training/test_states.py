@@ -276,6 +276,7 @@ def test_texts_that_nobody_asked_about_teach_by_their_labels_alone(kept: Path, t
     write_jsonl(tmp_path / "easy" / "train.jsonl", others)
     with pytest.raises(TrainingError, match=r"knows none of the 20 training texts: give the --dataset"):
         train(student(tmp_path, tmp_path / "other", kept, num_epochs=1))
+    assert not (tmp_path / "other").exists()
 
 
 def test_what_cannot_be_is_said_before_anything_is_written(
