@@ -101,11 +101,14 @@ def collect(config: StatesConfig) -> Path:
     model = LanguageModel(config)
     directory = config.output_dir
     directory.mkdir(parents=True, exist_ok=True)
-    with FileLock(directory / runs.LOCK, timeout=DEADLINE_S):
-        _begin(config, dataset, len(texts))
-        if not (directory / PROJECTION).exists():
-            states, _, _ = model.states(texts[:BLOCK])
-            runs.replace(directory / PROJECTION, save(principal_components(states, config.columns)))
+    try:
+        with FileLock(directory / runs.LOCK, timeout=DEADLINE_S):
+            _begin(config, dataset, len(texts))
+            if not (directory / PROJECTION).exists():
+                states, _, _ = model.states(texts[:BLOCK])
+                runs.replace(directory / PROJECTION, save(principal_components(states, config.columns)))
+    except Timeout as error:
+        raise TrainingError(f"{directory}: another process has been at {PROJECTION} for too long") from error
     projection = load_file(directory / PROJECTION)
     blocks = {
         directory / f"block-{start // BLOCK:05}.safetensors": texts[start : start + BLOCK]
