@@ -138,7 +138,8 @@ class TrainConfig(RunConfig):
     teacher_weight: float = 0.5
     """The teacher's share of the loss; the labels have the rest."""
     states: Path | None = None
-    """Learn also to guess what a language model made of each word: a directory that `states` has written."""
+    """Learn also to guess what a language model made of each word: a directory that `states` has written. A review's
+    are those of its passages."""
     states_weight: float = 16.0
     """What such a guess counts in the loss, where labels and teachers count one."""
     token_dropout: float = 0.1

@@ -250,7 +250,7 @@ def _sentences(review: str) -> Iterator[str]:
             yield sentence.strip()
 
 
-def _passages(review: str) -> Iterator[str]:
+def passages(review: str) -> Iterator[str]:
     """All of a review: sentences that follow one another, as many as fit; one that is too long by itself is cut."""
     words: list[str] = []
     for sentence in SENTENCE_END.split(review):
@@ -268,7 +268,7 @@ def _passages(review: str) -> Iterator[str]:
 
 PIECES: Mapping[str, tuple[Callable[[str], Iterator[str]], int | None]] = {
     "sentences": (_sentences, REVIEW_SENTENCES),
-    "passages": (_passages, None),
+    "passages": (passages, None),
 }
 """How a review is cut, and how many of the pieces are drawn."""
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from training import run as runs
 from training.config import StatesConfig
-from training.data import Dataset, draw_share, load_dataset
+from training.data import Dataset, draw_share, load_dataset, passages
 from training.errors import TrainingError
 from training.metrics import Meter
 from training.prepare import check_texts, provenance, recorded_options, standing_run
@@ -55,14 +55,26 @@ class States:
     places: dict[int, tuple[int, int, int]]
 
     def of(self, text: str) -> Tensor | None:
-        """None where the text was not among those that were asked about."""
+        """The text's own or else those of its passages; None where the language model was asked about neither."""
+        if (own := self._kept(text)) is not None:
+            return own
+        parts = [(passage, self._kept(passage)) for passage in passages(text)]
+        between = sum(len(passage.split()) for passage, _ in parts) != len(text.split())  # marks of lines, as in <br />
+        if between or all(states is None for _, states in parts):
+            return None
+        unknown = torch.full((1, self.columns), torch.nan, dtype=torch.float16)
+        return torch.cat(
+            [unknown.expand(len(passage.split()), -1) if states is None else states for passage, states in parts]
+        )
+
+    def know_any_of(self, texts: Sequence[str]) -> bool:
+        return any(self.of(text) is not None for text in texts)
+
+    def _kept(self, text: str) -> Tensor | None:
         if (place := self.places.get(_key(text))) is None:
             return None
         block, start, end = place
         return self.blocks[block][start:end]
-
-    def know_any_of(self, texts: Sequence[str]) -> bool:
-        return any(_key(text) in self.places for text in texts)
 
 
 def read_states(directory: Path) -> States:

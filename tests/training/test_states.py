@@ -115,6 +115,21 @@ def test_a_words_state_is_what_the_layer_says_at_its_last_token(
     assert states.of("nobody asked about this") is None
 
 
+def test_a_text_that_was_asked_about_in_passages_has_their_states(kept: Path) -> None:
+    """Word by word, and none for a passage that nobody asked about."""
+    states = read_states(kept)
+    unknown = " ".join(f"word{number}" for number in range(40)) + "."
+    first, last = (found for text in TEXTS[:2] if (found := states.of(text)) is not None)
+    found_WC = states.of(f"{TEXTS[0]}\n{unknown}  {TEXTS[1]}")
+    assert found_WC is not None
+    torch.testing.assert_close(found_WC[: len(first)], first, equal_nan=True)
+    assert found_WC[len(first) : -len(last)].isnan().all()
+    torch.testing.assert_close(found_WC[-len(last) :], last, equal_nan=True)
+    assert len(found_WC) == len(first) + 40 + len(last)
+    assert states.of(f"{unknown} {unknown}") is None
+    assert states.of(f"{TEXTS[0]}<br /><br />{TEXTS[1]}") is None, "its words are others than its passages'"
+
+
 def test_a_gguf_file_is_read_like_a_folder(
     kept: Path, language_model: Path, config: Callable[..., StatesConfig], tmp_path: Path
 ) -> None:
