@@ -31,9 +31,12 @@ class Bundle:
 
 def find_bundles(models_dir: Path) -> list[Path]:
     """The directories in `models_dir` that hold a manifest, by name; BundleError where there is none."""
-    if not models_dir.is_dir():
-        raise BundleError(f"the models directory {models_dir} does not exist")
-    found = sorted(path.parent for path in models_dir.glob(f"[!.]*/{MANIFEST}"))  # hidden: an export has not finished
+    try:
+        if not models_dir.is_dir():
+            raise BundleError(f"the models directory {models_dir} does not exist")
+        found = sorted(path.parent for path in models_dir.glob(f"[!.]*/{MANIFEST}"))  # hidden: an export is at work
+    except OSError as error:
+        raise BundleError(f"the models directory {models_dir} cannot be read: {error.strerror}") from error
     if not found:
         raise BundleError(f"no bundle in {models_dir}: no directory in it holds a {MANIFEST}")
     return found

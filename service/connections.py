@@ -168,13 +168,16 @@ class Connection(HttpToolsProtocol):
 
     def _check_framing(self) -> None:
         """What the parser lets through though two readers could understand it in two ways (RFC 9112, 3.2 and 6.1)."""
-        headers = dict(self.headers)
-        if self.parser.get_http_version() == "1.1" and [name for name, _ in self.headers].count(b"host") != 1:
+        version, names = self.parser.get_http_version(), [name for name, _ in self.headers]
+        if version not in ("1.0", "1.1"):
+            raise InvalidHTTP(f"This is not HTTP/1.1: version {version}.")
+        if version == "1.1" and names.count(b"host") != 1:
             raise InvalidHTTP("HTTP/1.1 asks for one Host header.")
-        if headers.get(b"transfer-encoding", b"chunked").lower() != b"chunked":
-            raise InvalidHTTP("The only Transfer-Encoding that is understood is chunked.")
-        if len(headers.get(b"content-length", b"")) > LENGTH_DIGITS:
-            raise InvalidHTTP(f"A Content-Length has at most {LENGTH_DIGITS} digits.")
+        for name, value in self.headers:
+            if name == b"transfer-encoding" and value.lower() != b"chunked":
+                raise InvalidHTTP("The only Transfer-Encoding that is understood is chunked.")
+            if name == b"content-length" and len(value) > LENGTH_DIGITS:
+                raise InvalidHTTP(f"A Content-Length has at most {LENGTH_DIGITS} digits.")
 
     def _begin(self) -> None:
         self._refused_seconds = REFUSED_SECONDS
@@ -200,6 +203,8 @@ class Connection(HttpToolsProtocol):
         if self.parser.should_upgrade():
             return
         self._within = False
+        if not self._deaf:
+            self._until = math.inf
         if self._held is not None:
             if refusal := self._refusals.find(self.headers, self._held):
                 self._refuse_early(refusal)
@@ -265,11 +270,14 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell also the request whose turn it is that its client left, and not only the one that came last."""
         super().connection_lost(exc)
+        self._unset_keepalive_if_required()  # uvicorn leaves the timer where the client reset the connection
         if self._running is not None and not self._running.response_complete:
             self._running.disconnected = True
             self._running.message_event.set()
+        # Requests and their connection hold each other, and would be left to the collector.
         self._running = None
-        self.cycle = None  # type: ignore[assignment]  # it and its connection hold each other: both would be garbage
+        self.cycle = None  # type: ignore[assignment]
+        self.pipeline.clear()
 
     def check(self, now: float) -> None:
         """Cut off a client that takes too long; `now` as time.monotonic() has it."""
@@ -277,7 +285,7 @@ class Connection(HttpToolsProtocol):
             self._let_through(self._held)
         if now >= self._until:
             self._until = math.inf
-            if self._unplaced and not self._deaf:
+            if self._within and self._unplaced and not self._deaf:
                 self._refuse(HeadersTooSlow(self._seconds))
             else:  # nothing was asked, so nothing is answered
                 self.transport.abort()

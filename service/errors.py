@@ -154,8 +154,8 @@ class InvalidTensor(InvalidRequest):
 class QueueFull(RefrainError):
     status, code = 429, "queue_full"
 
-    def __init__(self, retry_after: float, detail: str = "The queue is full.") -> None:
-        super().__init__(detail, retry_after=retry_after)
+    def __init__(self, retry_after: float) -> None:
+        super().__init__("The queue is full.", retry_after=retry_after)
 
 
 class HeadersTooLarge(RefrainError):
@@ -170,8 +170,8 @@ class HeadersTooLarge(RefrainError):
 class ClientGone(RefrainError):
     status, code = 499, "client_gone"
 
-    def __init__(self, detail: str = "The client left before its answer.") -> None:
-        super().__init__(detail)
+    def __init__(self) -> None:
+        super().__init__("The client left before its answer.")
 
 
 class InferenceFailed(RefrainError):
@@ -207,8 +207,8 @@ class Draining(Unavailable):
 class EngineDown(Unavailable):
     code = "engine_down"
 
-    def __init__(self, detail: str = "An engine has died or is stuck.") -> None:
-        super().__init__(detail, retry_after=5.0)
+    def __init__(self) -> None:
+        super().__init__("An engine has died or is stuck.", retry_after=5.0)
 
 
 class TooManyConnections(Unavailable):
@@ -221,8 +221,8 @@ class TooManyConnections(Unavailable):
 class DeadlineExceeded(RefrainError):
     status, code = 504, "deadline"
 
-    def __init__(self, detail: str = "The deadline passed before the answer was ready.") -> None:
-        super().__init__(detail)
+    def __init__(self) -> None:
+        super().__init__("The deadline passed before the answer was ready.")
 
 
 class StartError(Exception):

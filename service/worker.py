@@ -125,6 +125,8 @@ def _obey(link: Link, runtime: Runtime) -> None:
 
 
 def _reload_when_told(runtime: Runtime, wanted: threading.Event) -> None:
+    import structlog
+
     from service.errors import RefrainError, Starting
 
     while wanted.wait():
@@ -136,6 +138,8 @@ def _reload_when_told(runtime: Runtime, wanted: threading.Event) -> None:
             time.sleep(RETRY_SECONDS)
         except RefrainError:
             pass  # said in the log; when draining, of no use any more
+        except Exception:  # noqa: BLE001  # a bug that met one reload must not keep the next from being tried
+            structlog.get_logger().exception("a reload met a bug")
 
 
 def _go_on_when_supervisor_dies() -> None:

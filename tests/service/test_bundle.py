@@ -215,6 +215,8 @@ def test_where_there_is_no_bundle_it_is_said(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(BundleError, match=rf"^no bundle in {tmp_path}"):
         find_bundles(tmp_path)
+    with pytest.raises(BundleError, match=r"cannot be read: File name too long$"):
+        find_bundles(tmp_path / ("a" * 300))
 
 
 def test_a_half_written_bundle_is_not_found(models_dir: Path, tmp_path: Path) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import gc
 import json
 import signal
+import socket
+import struct
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
@@ -45,20 +48,41 @@ def test_a_request_leaves_nothing_to_the_garbage_collector() -> None:
     assert left <= 2
 
 
-def test_a_connection_leaves_nothing_to_the_garbage_collector() -> None:
+def ends_after_an_answer(served: Live) -> None:
+    with closing(HTTPConnection("127.0.0.1", served.port, timeout=10)) as connection:
+        connection.request("GET", "/healthz")
+        assert connection.getresponse().read()
+
+
+def resets_after_an_answer(served: Live) -> None:
+    with served.send(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n") as connection:
+        assert reply(connection).status == 200
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def leaves_while_others_wait(served: Live) -> None:
+    served.fake.recurrent.gate.clear()
+    with served.send(classify_bytes("first")) as connection:
+        assert served.fake.recurrent.entered.wait(timeout=10)
+        connection.sendall(classify_bytes("second"))
+        wait_until(partial(has_waiting, served, 1))
+    wait_until(lambda: not served.connections)
+    served.fake.recurrent.gate.set()
+    served.fake.recurrent.entered.clear()
+
+
+@pytest.mark.parametrize("client", [ends_after_an_answer, resets_after_an_answer, leaves_while_others_wait])
+def test_a_connection_leaves_nothing_behind(client: Callable[[Live], None]) -> None:
     with live() as served:
         gc.collect()
         gc.disable()
         try:
             for _ in range(20):
-                with closing(HTTPConnection("127.0.0.1", served.port, timeout=10)) as connection:
-                    connection.request("GET", "/healthz")
-                    assert connection.getresponse().read()
-            wait_until(lambda: not served.server.server_state.connections)
-            left = sum(isinstance(found, Connection) for found in gc.get_objects())
+                client(served)
+            wait_until(lambda: not served.connections)
+            wait_until(lambda: sum(isinstance(found, Connection) for found in gc.get_objects()) <= 2)
         finally:
             gc.enable()
-    assert left <= 2
 
 
 def test_nothing_runs_for_a_client_that_left() -> None:
