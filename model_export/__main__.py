@@ -114,8 +114,10 @@ def _inspect(command: Inspect) -> None:
 
 def _evaluate(command: Evaluate) -> int:
     from model_export.evaluate import evaluate, table, to_json  # as above
-    from training.run import write_json
+    from training.run import make_room, write_json
 
+    if command.output:
+        make_room(command.output)
     figures = evaluate(command.bundles, command.texts, command.data_dir, command.precisions)
     print(table(figures))
     if command.output:
@@ -127,8 +129,9 @@ def _evaluate(command: Evaluate) -> int:
 
 def _speed(command: Speed) -> None:
     from model_export.speed import speed  # as above
-    from training.run import write_json
+    from training.run import make_room, write_json
 
+    make_room(command.output)
     write_json(command.output, speed(command.bundles, command.texts, command.most, command.rounds))
 
 

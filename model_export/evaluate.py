@@ -1,6 +1,7 @@
 """How good a bundle is, measured anew: what its manifest says, or what it is worth on texts of one's own."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -87,15 +88,22 @@ def evaluate(
     Raises ExportError, BundleError, TrainingError.
     """
     found: list[Figures] = []
-    for bundle in map(load_bundle, paths):
-        chosen = [name for name in bundle.manifest.precisions if not precisions or name in precisions]
+    for name, path in named(paths).items():
+        bundle = load_bundle(path)
+        chosen = [one for one in bundle.manifest.precisions if not precisions or one in precisions]
         if not chosen:
             has = ", ".join(bundle.manifest.precisions)
             raise ExportError(f"{bundle.path} has no {' or '.join(precisions)}; it has {has}")
         splits = _own(bundle, texts) if texts else _reported(bundle, data_dir)
-        for name in chosen:
-            found += _measure(bundle, name, splits)
+        for precision in chosen:
+            found += _measure(name, bundle, precision, splits)
     return found
+
+
+def named(bundles: Sequence[Path]) -> dict[str, Path]:
+    """Each by its folder's name or, where several have the same, by the path that it was given with."""
+    times = Counter(path.name for path in bundles)
+    return {path.name if times[path.name] == 1 else str(path): path for path in bundles}
 
 
 def _own(bundle: Bundle, texts: Path) -> Splits:
@@ -105,15 +113,18 @@ def _own(bundle: Bundle, texts: Path) -> Splits:
 
 
 def _reported(bundle: Bundle, data_dir: Path | None) -> Splits:
-    """The splits that the manifest reports, and no other."""
+    """The splits that the manifest reports, and no other; ExportError where the data has not all of them."""
     manifest = bundle.manifest
     dataset = load_dataset(manifest.training.dataset, data_dir)
     # What judges another data set is called after it: "imdb validation".
     others = dict.fromkeys(split.rpartition(" ")[0] for split in manifest.quality if split not in dataset.judged)
-    return open_splits(dataset, list(others), data_dir, bundle.tokenizer, manifest.max_tokens)
+    splits = open_splits(dataset, list(filter(None, others)), data_dir, bundle.tokenizer, manifest.max_tokens)
+    if missing := [split for split in manifest.quality if split not in splits.examples]:
+        raise ExportError(f"the data has no {', '.join(missing)}, which the manifest of {bundle.path} reports")
+    return splits
 
 
-def _measure(bundle: Bundle, precision: StoredPrecision, splits: Splits) -> Iterator[Figures]:
+def _measure(name: str, bundle: Bundle, precision: StoredPrecision, splits: Splits) -> Iterator[Figures]:
     manifest = bundle.manifest
     engine = open_engine(bundle, provider="auto", precision=precision, threads=THREADS)
     logits, threshold = splits.run(engine, manifest.iterations), manifest.calibration.exit_threshold
@@ -122,7 +133,7 @@ def _measure(bundle: Bundle, precision: StoredPrecision, splits: Splits) -> Iter
         exit_N = exits(likely_RNC, 1.0 if threshold is None else threshold)
         answer_N = likely_RNC.argmax(-1)[exit_N, np.arange(len(exit_N))]
         yield Figures(
-            bundle=bundle.path.name,
+            bundle=name,
             precision=precision,
             split=split,
             iterations=quality,

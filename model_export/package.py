@@ -50,6 +50,7 @@ from training import run as runs
 from training.architectures.encoder import Encoder
 from training.batches import pad, sorted_batches
 from training.data import load_dataset
+from training.prepare import check_source
 from training.run import RunInfo
 from training.tokenizer import encode, encode_whole
 
@@ -151,6 +152,7 @@ def _open(options: ExportOptions) -> _Source:
     _Names(name=_name(info), task=info.task, labels=info.labels)
     tokenizer = runs.read_tokenizer(options.run)
     dataset = load_dataset(info.options["dataset"], options.data_dir)
+    check_source(options.run, info, dataset)
     if list(dataset.labels) != info.labels:
         raise ExportError(f"{dataset.name} has labels {', '.join(dataset.labels)}, the run {', '.join(info.labels)}")
     limit = model.config.max_tokens

@@ -9,6 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from model_export.errors import ExportError
+from model_export.evaluate import named
 from model_export.parity import run_engine
 from service.bundle import load_bundle
 from service.engine import open_engine
@@ -19,28 +20,28 @@ THREADS = 1
 
 
 def speed(bundles: Sequence[Path], texts: Path, most: int, rounds: int) -> dict[str, dict[str, Mapping[str, Any]]]:
-    """By bundle's directory and precision: milliseconds per text at full depth, in batches sorted by length.
+    """By bundle, as `named` calls it, and precision: milliseconds per text at full depth, in batches sorted by length.
 
     Medians over rounds in which all take turns, one thread; `texts` is a file of records with a `text`.
     """
     if rounds < 1 or most < 1:
         raise ExportError(f"--rounds {rounds} --most {most}: at least 1 of each is needed")
     inputs = [record["text"] for record in read_records(texts)][:most]
-    opened = [load_bundle(path) for path in bundles]
+    opened = {name: load_bundle(path) for name, path in named(bundles).items()}
     engines = {
-        (bundle.path.name, name): open_engine(bundle, provider="auto", precision=name, threads=THREADS)
-        for bundle in opened
-        for name in bundle.manifest.precisions
+        (name, precision): open_engine(bundle, provider="auto", precision=precision, threads=THREADS)
+        for name, bundle in opened.items()
+        for precision in bundle.manifest.precisions
     }
-    ids = {bundle.path.name: encode(bundle.tokenizer, inputs, bundle.manifest.max_tokens) for bundle in opened}
-    depths = {bundle.path.name: bundle.manifest.iterations for bundle in opened}
+    ids = {name: encode(bundle.tokenizer, inputs, bundle.manifest.max_tokens) for name, bundle in opened.items()}
+    depths = {name: bundle.manifest.iterations for name, bundle in opened.items()}
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in engines}
     for _ in tqdm(range(rounds), desc="speed", unit="round", leave=False):
         for key, engine in engines.items():
             started = perf_counter()
             run_engine(engine, ids[key[0]], depths[key[0]], THREADS)
             seconds[key].append(perf_counter() - started)
-    found: dict[str, dict[str, Mapping[str, Any]]] = {bundle.path.name: {} for bundle in opened}
+    found: dict[str, dict[str, Mapping[str, Any]]] = {name: {} for name in opened}
     for (bundle_name, precision), engine in engines.items():
         found[bundle_name][precision] = {
             "milliseconds_per_text": median(seconds[bundle_name, precision]) * 1000 / len(inputs),

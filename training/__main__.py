@@ -37,6 +37,16 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class AverageConfig:
+    """Writes a run whose weights are the mean of others', as of a network before and after it was trained further."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """The run directories, of one shape, with one tokenizer; options and texts will be the last one's."""
+    output_dir: Path
+    """The run directory that is written."""
+
+
+@dataclass(frozen=True)
 class RecordConfig:
     """Writes what each run cost, tokens per second and peak memory, as a table and as JSON."""
 
@@ -58,6 +68,7 @@ def main(arguments: list[str]) -> int:
             | Annotated[TrainConfig, tyro.conf.subcommand("train")]
             | Annotated[LinearConfig, tyro.conf.subcommand("linear")]
             | Annotated[StatesConfig, tyro.conf.subcommand("states")]
+            | Annotated[AverageConfig, tyro.conf.subcommand("average")]
             | Annotated[EvaluateConfig, tyro.conf.subcommand("evaluate")]
             | Annotated[RecordConfig, tyro.conf.subcommand("record")]
             | Annotated[ExperimentsConfig, tyro.conf.subcommand("experiments")],
@@ -82,6 +93,7 @@ def _run(
     | TrainConfig
     | LinearConfig
     | StatesConfig
+    | AverageConfig
     | EvaluateConfig
     | RecordConfig
     | ExperimentsConfig,
@@ -109,6 +121,13 @@ def _run(
             from training.states import collect  # as above
 
             print(f"states written to {collect(command)}; next: python -m training train --states {command.output_dir}")
+        case AverageConfig():
+            from training.average import average  # as above
+
+            print(
+                f"run written to {average(command.runs, command.output_dir)}; next: python -m training evaluate "
+                f"{command.output_dir}"
+            )
         case EvaluateConfig():
             _evaluate(command)
         case RecordConfig():
@@ -124,19 +143,21 @@ def _run(
 
 def _evaluate(config: EvaluateConfig) -> None:
     from training.evaluate import evaluate, evaluate_all, table  # as above
-    from training.run import write_json
+    from training.run import make_room, write_json
 
     output = config.output or config.run / "evaluation.json"
+    if config.output:
+        make_room(output)
     if config.split == "all":
         splits = evaluate_all(config.run, config.data_dir, config.dataset, config.iterations, config.max_tokens)
-        write_json(output, splits)
         print("\n\n".join(map(table, splits.values())))
+        write_json(output, splits)
     else:
         figures = evaluate(
             config.run, config.data_dir, config.split, config.dataset, config.iterations, config.max_tokens
         )
-        write_json(output, figures)
         print(table(figures))
+        write_json(output, figures)
 
 
 def _take_config_file(arguments: list[str]) -> list[str]:

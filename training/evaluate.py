@@ -18,6 +18,7 @@ from training.data import Dataset, load_dataset
 from training.errors import TrainingError
 from training.examples import Examples
 from training.linear import LinearModel, read_linear
+from training.prepare import check_source
 from training.scores import score
 from training.tokenizer import encode
 
@@ -106,6 +107,8 @@ def _load(run: Path, data_dir: Path | None, name: str | None) -> Dataset:
     info = runs.read_info(run)
     runs.check_decides(run, info)
     dataset = load_dataset(name or info.options["dataset"], data_dir)
+    if name is None:
+        check_source(run, info, dataset)
     if list(dataset.labels) != info.labels:
         raise TrainingError(f"{dataset.name} has labels {', '.join(dataset.labels)}, the run {', '.join(info.labels)}")
     return dataset

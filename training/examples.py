@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from training.errors import TrainingError
 
@@ -137,13 +137,22 @@ def read_records(path: Path) -> Iterator[Mapping[str, Any]]:
     if path.suffix == ".parquet":
         yield from _parquet_records(path)
         return
+    if not path.name.endswith(SUFFIXES):
+        raise TrainingError(f"{path}: the name must end in {', '.join(SUFFIXES)}")
     kind = path.name.removesuffix(".gz").rpartition(".")[2]
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
+    with _open(path) as stream:
         lines = _decoded(stream, path)
         if kind == "jsonl":
             yield from (_json_record(line, f"{path}, row {row}") for row, line in enumerate(lines, start=1))
         else:
             yield from _separated_records(lines, "," if kind == "csv" else "\t", path)
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return cast(BinaryIO, gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
+    except OSError as error:
+        raise TrainingError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _decoded(stream: Iterable[bytes], path: Path) -> Iterator[str]:
@@ -165,6 +174,11 @@ def _separated_records(lines: Iterator[str], delimiter: str, path: Path) -> Iter
         for number, row in enumerate(rows, start=1):
             if len(row) != len(header):
                 raise TrainingError(f"{path}, row {number}: {len(row)} columns, the header has {len(header)}")
+            if delimiter == "\t" and any("\t" in field and "\n" in field for field in row):
+                raise TrainingError(
+                    f"{path}, line {reader.line_num}: a quotation mark opened a field that runs over tabs and lines; "
+                    'a text that begins with one is quoted as a whole, its marks doubled: """so it goes"", he said"'
+                )
             yield dict(zip(header, row, strict=True))
     except csv.Error as error:
         raise TrainingError(f"{path}, line {reader.line_num}: broken CSV: {error}") from error

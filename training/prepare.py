@@ -76,8 +76,16 @@ def check_texts(directory: Path, info: RunInfo, dataset: Dataset) -> None:
     if changed := [name for name, value in now.items() if before[name] != value]:
         raise TrainingError(
             f"{directory} was begun with other texts ({', '.join(changed)} of data set '{dataset.name}' changed): give "
-            "the same --data-dir, or choose another --output-dir"
+            "the --data-dir that it was begun with; another training needs another --output-dir"
         )
+
+
+def check_source(run: Path, info: RunInfo, dataset: Dataset) -> None:
+    """TrainingError where this is not the whole data set that a run took its share of.
+
+    A validation split that we cut ourselves is another one then, and holds texts that the run has learned from.
+    """
+    check_texts(run, info, draw_share(dataset, info.options.get("train_share", 1.0), info.provenance["seed"]))
 
 
 def _texts(dataset: Dataset) -> dict[str, Any]:
@@ -134,10 +142,10 @@ def _earlier(config: RunConfig) -> list[RunInfo]:
 
 def provenance(dataset: Dataset, architecture: str, seed: int, packages: Sequence[str]) -> dict[str, Any]:
     """Where a run that begins now comes from, for people; `packages` are those whose version matters."""
-    now, kind = datetime.now(UTC), "" if dataset.labels else f"{dataset.task}-"
+    kind = "" if dataset.labels else f"{dataset.task}-"
     return {
-        "run_id": f"{kind}{dataset.name}-{architecture}-{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}",
-        "started": f"{now:%Y-%m-%dT%H:%M:%SZ}",
+        "run_id": new_id(f"{kind}{dataset.name}", architecture),
+        "started": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
         "dataset": dataset.name,
         **_texts(dataset),
         "commit": _commit(),
@@ -145,6 +153,11 @@ def provenance(dataset: Dataset, architecture: str, seed: int, packages: Sequenc
         "machine": _machine(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
+
+
+def new_id(name: str, architecture: str) -> str:
+    """What a run is called from now on, wherever its directory goes."""
+    return f"{name}-{architecture}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
 
 
 def _machine() -> str:

@@ -72,6 +72,16 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     replace(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+def make_room(path: Path) -> None:
+    """Makes the folder of a file that is to be written once the work is done; TrainingError where that cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(f"{path} cannot be written: {error.strerror}") from error
+    if path.is_dir():
+        raise TrainingError(f"{path} cannot be written: it is a folder")
+
+
 def replace(path: Path, content: bytes) -> None:
     """Writes beside and renames, so that a reader or a crash never meets half a file."""
     beside = path.with_name(path.name + ".partial")
@@ -169,9 +179,11 @@ def hold(run: Path) -> Iterator[None]:
     To be entered before the run is begun. One that cannot begin leaves no directory.
     """
     begins, lock = not run.exists(), run / LOCK
-    run.mkdir(parents=True, exist_ok=True)
     try:
+        run.mkdir(parents=True, exist_ok=True)
         held = FileLock(lock).acquire(blocking=False)
+    except OSError as error:
+        raise TrainingError(f"{run} cannot be a run directory: {error.strerror}") from error
     except Timeout as error:
         raise TrainingError(
             f"another training is at work in {run}: let it end, or choose another --output-dir"

@@ -70,6 +70,43 @@ def test_a_manifest_that_says_more_than_is_true_is_told(
     assert printed.err == "model_export: 1 of 2 differ from what the manifest says\n"
 
 
+def test_a_split_that_the_data_has_not_is_said(
+    models_dir: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(bundles_in(models_dir)[0], bundle)
+    document = json.loads((bundle / MANIFEST).read_text())
+    document["quality"]["test"] = document["quality"]["validation"]
+    (bundle / MANIFEST).write_text(json.dumps(document))
+    assert evaluate(bundle, "--data-dir", data_dir) == 1
+    assert capsys.readouterr().err == f"model_export: the data has no test, which the manifest of {bundle} reports\n"
+
+
+def test_bundles_of_the_same_name_are_told_apart_by_their_paths(
+    models_dir: Path, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new, other = tmp_path / "old" / "it", tmp_path / "new" / "it", tmp_path / "other"
+    for folder, source in zip((old, new, other), (*bundles_in(models_dir), bundles_in(models_dir)[0]), strict=True):
+        shutil.copytree(source, folder)
+    assert evaluate(old, new, other, "--texts", own, "--precisions", "int8") == 0
+    printed = capsys.readouterr().out
+    for one, another in ((old, new), (old, "other"), (new, "other")):
+        assert f"{one} against {another}, int8, own.jsonl: " in printed
+
+
+def test_where_figures_cannot_go_is_said_before_the_work(
+    models_dir: Path, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for output in (tmp_path, own / "figures.json"):
+        assert evaluate(bundles_in(models_dir)[0], "--texts", own, "--output", output) == 1
+        printed = capsys.readouterr()
+        assert printed.err.startswith(f"model_export: {output} cannot be written: ")
+        assert not printed.out
+    output = tmp_path / "not" / "yet" / "there.json"
+    assert evaluate(bundles_in(models_dir)[0], "--texts", own, "--output", output) == 0
+    assert output.exists()
+
+
 def test_texts_of_one_s_own(models_dir: Path, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "figures.json"
     assert evaluate(*bundles_in(models_dir), "--texts", own, "--precisions", "int8", "--output", output) == 0

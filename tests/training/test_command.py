@@ -246,3 +246,10 @@ def test_two_processes_stop_at_the_same_step_and_leave_a_checkpoint(tmp_path: Pa
     assert checkpoint is not None
     assert checkpoint["processes"] == 2
     assert 50 <= checkpoint["progress"]["step"] < 1000
+
+
+def test_a_file_in_the_run_directorys_place_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_easy(tmp_path)
+    (tmp_path / "run").write_text("")
+    assert main(tiny_arguments(tmp_path, tmp_path / "run")) == 1
+    assert capsys.readouterr().err == f"training: {tmp_path / 'run'} cannot be a run directory: File exists\n"

@@ -1,6 +1,7 @@
 """The figures: right against counting by hand, per class and per iteration, as JSON and as a table."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -138,10 +139,22 @@ def test_a_run_is_measured_on_another_set_with_its_labels_and_on_no_other(run: P
         evaluate(run, tmp_path, "validation", "other", None)
 
 
-def test_a_split_that_is_not_there_is_said(run: Path, tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "easy" / "train.jsonl", easy_records(60))
+def test_a_split_that_is_not_there_is_said(run: Path, easy_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(easy_dir, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "easy" / "test.jsonl").unlink()
     with pytest.raises(TrainingError, match=r"^data set 'easy' has no labelled test split$"):
         evaluate(run, tmp_path, "test", None, None)
+
+
+def test_texts_that_a_run_did_not_learn_from_do_not_pass_for_its_own(run: Path, easy_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(easy_dir, tmp_path, dirs_exist_ok=True)
+    write_jsonl(tmp_path / "easy" / "train.jsonl", easy_records(60)[::-1])
+    for split in ("validation", "test"):
+        with pytest.raises(
+            TrainingError, match=r"was begun with other texts \(texts_sha256 of data set 'easy' changed\)"
+        ):
+            evaluate(run, tmp_path, split, None, None)
+    assert evaluate(run, tmp_path, "test", "easy", None)["split"] == "test"  # asked for as another data set
 
 
 @pytest.mark.parametrize(

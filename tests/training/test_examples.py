@@ -201,3 +201,15 @@ def test_texts_that_are_empty_are_left_out_where_that_is_asked_for(tmp_path: Pat
     path = write_jsonl(tmp_path / "train.jsonl", [headers_only, *RECORDS, headers_only])
     assert refusal(path) == f"{path}, row 1: the text is empty"
     assert read_examples(path, LABELS, Columns(drop_empty=True)) == EXAMPLES
+
+
+def test_a_file_that_is_not_there_or_of_no_known_kind_is_said(tmp_path: Path) -> None:
+    assert refusal(tmp_path / "none.jsonl") == f"{tmp_path / 'none.jsonl'}: cannot be read: No such file or directory"
+    (tmp_path / "list.json").write_text("[]")
+    assert refusal(tmp_path / "list.json").startswith(f"{tmp_path / 'list.json'}: the name must end in .jsonl, ")
+
+
+def test_a_stray_quotation_mark_joins_no_rows(tmp_path: Path) -> None:
+    path = tmp_path / "train.tsv"
+    path.write_text('text\tlabel\nfine\tgood\n"hello there\tgood\nthis is bad\tbad\nhe said so"\tgood\nfine\tgood\n')
+    assert "line 5: a quotation mark opened a field" in refusal(path)
