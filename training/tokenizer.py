@@ -1,9 +1,11 @@
 """Learns the tokenizer from the training texts; it is saved as one `tokenizer.json` and served as it is."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tqdm import tqdm
 
 PAD, UNKNOWN, CLASSIFY, MASK = "[PAD]", "[UNK]", "[CLS]", "[MASK]"
 SPECIAL_TOKENS = [PAD, UNKNOWN, CLASSIFY, MASK]
@@ -28,18 +30,39 @@ def _learn_wordpiece(texts: Sequence[str], vocabulary: int) -> Tokenizer:
     The trainer numbers the letters that continue a word in an order that differs from process to process, and ties
     between merges follow the numbers. So a first pass finds those letters, and the second is given them in order.
     """
-    letters = _train_wordpiece(texts, 0, vocabulary // 4, SPECIAL_TOKENS)
+    most = vocabulary // 4
+    alphabet = _most_frequent_letters(texts, most)
+    letters = _train_wordpiece(texts, 0, most, alphabet, SPECIAL_TOKENS)
     continuing = sorted(token for token in letters if token.startswith("##"))
-    tokenizer = _wordpiece(_train_wordpiece(texts, vocabulary, vocabulary // 4, [*SPECIAL_TOKENS, *continuing]))
+    tokenizer = _wordpiece(_train_wordpiece(texts, vocabulary, most, alphabet, [*SPECIAL_TOKENS, *continuing]))
     tokenizer.add_special_tokens(SPECIAL_TOKENS)
     return tokenizer
 
 
-def _train_wordpiece(texts: Sequence[str], vocabulary: int, alphabet: int, fixed: list[str]) -> dict[str, int]:
-    """Token to id: `fixed` first, then the `alphabet` most frequent letters, then what `vocabulary` leaves room for."""
+def _most_frequent_letters(texts: Sequence[str], most: int) -> list[str]:
+    """So many letters where the texts have more, or none: the trainer draws between those that are equally frequent."""
+    if len(set().union(*texts)) <= most:
+        return []
+    normalizer, counts = _wordpiece({}).normalizer, Counter[str]()
+    for text in texts:
+        counts.update(normalizer.normalize_str(text))
+    del counts[" "]
+    if (left_out := len(counts) - most) > 0:
+        tqdm.write(f"{left_out:,} of {len(counts):,} letters have no place in the vocabulary and are read as {UNKNOWN}")
+    return sorted(counts, key=lambda letter: (-counts[letter], letter))[:most]
+
+
+def _train_wordpiece(
+    texts: Sequence[str], vocabulary: int, most: int, alphabet: list[str], fixed: list[str]
+) -> dict[str, int]:
+    """Token to id: `fixed` first, then the `alphabet` or up to `most` letters, then what `vocabulary` has room for."""
     tokenizer = _wordpiece({})
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocabulary, special_tokens=fixed, limit_alphabet=alphabet, show_progress=False
+        vocab_size=vocabulary,
+        special_tokens=fixed,
+        limit_alphabet=most,
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer, length=len(texts))
     return tokenizer.get_vocab()
