@@ -182,12 +182,12 @@ def hold(run: Path) -> Iterator[None]:
     try:
         run.mkdir(parents=True, exist_ok=True)
         held = FileLock(lock).acquire(blocking=False)
-    except OSError as error:
-        raise TrainingError(f"{run} cannot be a run directory: {error.strerror}") from error
     except Timeout as error:
         raise TrainingError(
             f"another training is at work in {run}: let it end, or choose another --output-dir"
         ) from error
+    except OSError as error:  # after Timeout, which is one
+        raise TrainingError(f"{run} cannot be a run directory: {error.strerror}") from error
     with held:
         try:
             yield

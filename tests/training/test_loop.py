@@ -233,7 +233,9 @@ def test_a_run_goes_on_with_the_texts_that_it_was_begun_with_wherever_they_lie(r
     }.items():
         write_easy(tmp_path / name)
         write_jsonl(tmp_path / name / "easy" / "train.jsonl", records)
-        with pytest.raises(TrainingError, match=r"was begun with other texts.* choose another --output-dir$"):
+        with pytest.raises(
+            TrainingError, match=r"was begun with other texts.* another training needs another --output-dir$"
+        ):
             go_on(f"run-{name}", tmp_path / name)
 
 
