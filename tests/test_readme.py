@@ -179,8 +179,8 @@ def test_accuracy_as_served_is_what_the_command_wrote() -> None:
     part = README[README.index("As they are served, in INT8") : README.index("So early exit, whose threshold")]
     rows = served_rows("sentiment") + served_rows("domain")
     assert [row[1:] for row in cells(part)[2:]] == rows
-    more = [float(row[-2].split(" ")[0]) for row in rows]
-    assert f"accuracy from {-min(more):.1f} points less to {max(more):.1f} more on five sets" in PROSE
+    less = [-float(row[-2].split(" ")[0]) for row in rows]
+    assert f"accuracy {min(less):.1f} to {max(less):.1f} points less on five sets of texts" in PROSE
 
 
 def served_rows(task: str) -> list[list[str]]:
