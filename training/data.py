@@ -201,7 +201,9 @@ def _assemble(
     if validation is None:
         order = _shuffled(len(train))
         cut = max(SMALLEST_SPLIT, round(len(train) * VALIDATION_SHARE))
-        train, validation = train.pick(order[cut:]), train.pick(order[:cut])
+        validation = train.pick(order[:cut])
+        held_out = set(validation.texts)  # a text that stands there twice is not learned from either
+        train = train.pick(place for place in order[cut:] if train.texts[place] not in held_out)
     missing = [label for number, label in enumerate(labels) if number not in set(train.labels)]
     if missing or len(labels) < 2:
         raise TrainingError(

@@ -74,6 +74,15 @@ def test_a_tenth_is_cut_off_for_validation_always_the_same(tmp_path: Path) -> No
         assert examples.labels == [int(text.split()[-1]) % 2 for text in examples.texts]
 
 
+def test_a_text_that_is_cut_off_for_validation_is_not_learned_from(tmp_path: Path) -> None:
+    twice = [{"text": f"text {number // 2}", "label": ("bad", "good")[number // 2 % 2]} for number in range(400)]
+    write_jsonl(tmp_path / "own" / "train.jsonl", twice)
+    dataset = load_dataset("own", tmp_path)
+    assert len(dataset.validation) == 40
+    assert not set(dataset.validation.texts) & set(dataset.train.texts)
+    assert set(dataset.validation.texts) | set(dataset.train.texts) == {one["text"] for one in twice}
+
+
 @pytest.mark.parametrize("folder", ["yelp_polarity", "yelp_reviews"])
 def test_a_folder_may_have_its_other_name(folder: str, tmp_path: Path) -> None:
     write_jsonl(tmp_path / folder / "train.jsonl", polarity("yelp", 50))
@@ -240,7 +249,7 @@ def test_unknown_names_and_missing_folders_and_files_are_named(tmp_path: Path) -
     ("records", "missing"),
     [
         (polarity("small", 4), "negative, positive"),
-        ([{"text": "fine", "label": 1}] * 20, "negative"),
+        ([{"text": f"fine {number}", "label": 1} for number in range(20)], "negative"),
     ],
 )
 def test_too_little_to_train_on_is_refused(records: Records, missing: str, tmp_path: Path) -> None:
@@ -249,7 +258,9 @@ def test_too_little_to_train_on_is_refused(records: Records, missing: str, tmp_p
 
 
 def test_a_single_label_decides_nothing(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "mine" / "train.jsonl", [{"text": "fine", "label": "good"}] * 20)
+    write_jsonl(
+        tmp_path / "mine" / "train.jsonl", [{"text": f"fine {number}", "label": "good"} for number in range(20)]
+    )
     assert refusal("mine", tmp_path).endswith("too small to train on; no example of a second label")
 
 
