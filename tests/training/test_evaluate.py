@@ -133,7 +133,9 @@ def test_iterations_that_make_no_sense_are_refused(run: Path, easy_dir: Path, tm
 
 def test_a_run_is_measured_on_another_set_with_its_labels_and_on_no_other(run: Path, tmp_path: Path) -> None:
     write_easy(tmp_path, "alike")
-    write_jsonl(tmp_path / "other" / "train.jsonl", [{"text": f"x {n}", "label": ("no", "yes")[n % 2]} for n in range(40)])
+    write_jsonl(
+        tmp_path / "other" / "train.jsonl", [{"text": f"x {n}", "label": ("no", "yes")[n % 2]} for n in range(40)]
+    )
     assert evaluate(run, tmp_path, "validation", "alike", None)["dataset"] == "alike"
     with pytest.raises(TrainingError, match=r"^other has labels no, yes, the run bad, good$"):
         evaluate(run, tmp_path, "validation", "other", None)
