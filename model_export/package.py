@@ -152,9 +152,9 @@ def _open(options: ExportOptions) -> _Source:
     _Names(name=_name(info), task=info.task, labels=info.labels)
     tokenizer = runs.read_tokenizer(options.run)
     dataset = load_dataset(info.options["dataset"], options.data_dir)
-    check_source(options.run, info, dataset)
     if list(dataset.labels) != info.labels:
         raise ExportError(f"{dataset.name} has labels {', '.join(dataset.labels)}, the run {', '.join(info.labels)}")
+    check_source(options.run, info, dataset)
     limit = model.config.max_tokens
     splits = open_splits(dataset, options.judge_on, options.data_dir, tokenizer, limit)
     texts = dataset.train.texts

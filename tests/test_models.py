@@ -18,7 +18,7 @@ from tests.service.fakes import wait_until
 MODELS = Path(__file__).parent.parent / "models"
 PARAMETERS = {"recurrent": 3.4e6, "baseline": 9.8e6}
 PRECISIONS = {"sentiment": {"fp16", "int8"}, "domain": {"int8"}}
-FLOORS = {"sentiment": 0.88, "domain": 0.90}
+FLOORS = {"sentiment": 0.90, "domain": 0.96}
 
 
 @pytest.fixture(scope="module", params=[f"{task}-{name}" for task in PRECISIONS for name in PARAMETERS])

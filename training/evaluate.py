@@ -107,10 +107,10 @@ def _load(run: Path, data_dir: Path | None, name: str | None) -> Dataset:
     info = runs.read_info(run)
     runs.check_decides(run, info)
     dataset = load_dataset(name or info.options["dataset"], data_dir)
-    if name is None:
-        check_source(run, info, dataset)
     if list(dataset.labels) != info.labels:
         raise TrainingError(f"{dataset.name} has labels {', '.join(dataset.labels)}, the run {', '.join(info.labels)}")
+    if name is None:
+        check_source(run, info, dataset)
     return dataset
 
 

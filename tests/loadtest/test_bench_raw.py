@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from loadtest.bench import workers
@@ -26,8 +27,11 @@ def job(**fields: Any) -> dict[str, Any]:
 
 def test_answers_are_the_same_alone_and_in_any_batch(recurrent: RawModel) -> None:
     together, alone = answers(recurrent, job()), answers(recurrent, job(size=1))
-    assert together == alone
-    assert [one["tokens"] for one in together] == [len(ids) for ids in recurrent.tokenize(TEXTS)]
+    for one, other in zip(together, alone, strict=True):
+        # The mean of the tokens of one text alone is added up otherwise: the last bit may differ.
+        np.testing.assert_allclose(one["scores"], other["scores"], rtol=0, atol=1e-6)
+    for answered in (together, alone):
+        assert [one["tokens"] for one in answered] == [len(ids) for ids in recurrent.tokenize(TEXTS)]
     assert all(len(one["scores"]) == 2 for one in together)
     assert all(sum(scores) == pytest.approx(1) for one in together for scores in one["scores"])
 

@@ -34,9 +34,11 @@ from service.engine import open_engine
 from service.manifest import ExitPoint, Manifest, content_version
 from service.settings import Settings
 from tests import tiny
-from tests.model_export.test_package import export_options
+from tests.model_export.test_package import altered_run, export_options
 from tests.service.fakes import wait_until
 from tests.tiny import Architecture
+from training.data import load_dataset
+from training.run import read_info
 
 FloatArray = NDArray[np.floating]
 
@@ -200,7 +202,11 @@ def test_without_a_validation_file_the_tenth_that_training_kept_aside_calibrates
     own = tmp_path / "data" / tiny.DATASET
     own.mkdir(parents=True)
     shutil.copy(data_dir / tiny.DATASET / "train.jsonl", own)
-    found = load_bundle(export(export_options(run_dirs["recurrent"], tmp_path / "out", own.parent))).manifest
+    dataset, provenance = load_dataset(tiny.DATASET, own.parent), read_info(run_dirs["recurrent"]).provenance
+    del provenance["texts_sha256"]  # of the data with its validation file
+    provenance["texts"] = {"train": len(dataset.train), "validation": len(dataset.validation)}
+    run = altered_run(run_dirs["recurrent"], tmp_path / "run", provenance=provenance)
+    found = load_bundle(export(export_options(run, tmp_path / "out", own.parent))).manifest
     assert (found.calibration.texts, found.calibration.exit_threshold) == (8, None)
     assert all(0.3 < temperature < 3 for temperature in found.calibration.temperatures)  # eight texts move it little
     assert "by default never: 8 texts show no threshold" in inspect(tmp_path / "out")
