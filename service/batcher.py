@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,9 +22,11 @@ from service.errors import DeadlineExceeded, Draining, EngineDown, InferenceFail
 from service.jobs import CALL_TOKENS, Answer, Drop, Exit, Job, Pace, Pool, Result, Text, Waiting
 from service.scheduling import choose_batch, cut_short, patience
 
-LOOKAHEAD, SHORT = 256, 4
-"""The oldest texts of each size are considered for a turn: at most so many, and no more than fit it if each had `SHORT`
-tokens."""
+CONSIDERED = 2
+"""So many times as many texts are considered for a turn as fit it if each is as long as the most urgent one."""
+
+BACKGROUND_TEXTS = 64
+"""So many may wait in the background, or those of one request."""
 
 BACKGROUND_PART = 4
 """A batch in the background is that many times smaller."""
@@ -77,7 +80,6 @@ class Batcher:
         """
         self._engine, self._thread, self._limits, self._observer = engine, thread, limits, observer
         self._temperatures = temperatures
-        self._lookahead = min(LOOKAHEAD, max(1, limits.batch_tokens // SHORT))
         self._changed = thread.changed  # guards the pools and the flags below
         self._foreground, self._background = Pool(), Pool()
         self._arrivals = 0
@@ -148,7 +150,7 @@ class Batcher:
                 largest = max(text.work for text in texts)
                 longest = patience(deadline - now, may_be_cut=all(text.may_be_cut for text in texts))
                 self.check_room(len(texts), sum(len(text.ids) for text in texts), largest, longest)
-            elif pool.texts and len(pool.texts) + len(texts) > self._lookahead:
+            elif pool.texts and len(pool.texts) + len(texts) > BACKGROUND_TEXTS:
                 raise QueueFull(self.backlog_seconds)
             if not self._foreground.texts:
                 self._pace.starts(now)
@@ -161,19 +163,21 @@ class Batcher:
             self._changed.notify_all()
         return job
 
-    def candidates(self, *, background: bool) -> Sequence[Waiting]:
-        """The oldest texts of each size that wait; who may be cut and should be is answered, and not among them."""
+    def first(self, *, background: bool) -> Sequence[Waiting]:
+        """The texts of which one is the most urgent; who may be cut and should be is answered, and not among them."""
         if not background:
             self._let_go(time.monotonic())
-        return (self._background if background else self._foreground).oldest(self._lookahead)
+        return (self._background if background else self._foreground).first()
 
-    def run(self, leader: Waiting, candidates: Sequence[Waiting]) -> None:
+    def run(self, leader: Waiting) -> None:
         """Takes one iteration of the leader and of those that fit it; answers those who are done."""
         began = time.monotonic()
-        lengths = [waiting.length for waiting in candidates]
         in_background = leader.pool is self._background  # whose turns are short: somebody may come meanwhile
         tokens = self._limits.batch_tokens // (BACKGROUND_PART if in_background else 1)
-        places = choose_batch(lengths, candidates.index(leader), tokens, CALL_TOKENS)
+        with self._changed:
+            near = islice(leader.pool.near(leader.length, CALL_TOKENS), CONSIDERED * tokens // leader.length)
+            candidates = [leader, *(waiting for waiting in near if waiting is not leader)]
+        places = choose_batch([waiting.length for waiting in candidates], 0, tokens, CALL_TOKENS)
         batch = self._without_late([candidates[place] for place in places], began)
         if not batch:
             return
@@ -185,6 +189,10 @@ class Batcher:
             waiting.started = began if waiting.started is None else waiting.started
             waiting.iterations += 1
         done = self._judge_all(batch, outcomes, ended)
+        if begun := [waiting for waiting in batch if waiting.text.may_be_cut]:
+            with self._changed:
+                for waiting in begun:
+                    waiting.pool.begun(waiting)
         if leader.pool is self._foreground:
             self._pace.saw(batch, [waiting for waiting, _ in done], ended)
         self._finish(done)

@@ -29,8 +29,8 @@ class HasTexts(Protocol):
 
     token_seconds: float
 
-    def candidates(self, *, background: bool) -> Sequence[Waiting]: ...
-    def run(self, leader: Waiting, candidates: Sequence[Waiting]) -> None: ...
+    def first(self, *, background: bool) -> Sequence[Waiting]: ...
+    def run(self, leader: Waiting) -> None: ...
     def give_up(self) -> None: ...
 
 
@@ -94,35 +94,33 @@ class EngineThread:
     def _run(self) -> None:
         os.nice(NICENESS)  # on Linux a thread's own
         try:
-            while (turn := self._next_turn()) is not None:
-                leader, candidates = turn
-                leader.batcher.run(leader, candidates)
-                del turn, leader, candidates  # an idle thread must not keep the last texts and their engine alive
+            while (leader := self._next_turn()) is not None:
+                leader.batcher.run(leader)
+                del leader  # an idle thread must not keep the last texts and their engine alive
         except BaseException:
             structlog.get_logger().exception("the engine thread died")
             self.give_up()
             raise
 
-    def _next_turn(self) -> tuple[Waiting, Sequence[Waiting]] | None:
-        """Waits for texts: the most urgent one, and those of its model that may join it. None: it is time to end."""
+    def _next_turn(self) -> Waiting | None:
+        """Waits for texts: the most urgent one. None: it is time to end."""
         with self.changed:
             if self._turn_began is not None:
                 self.turn_seconds = max(MEMORY * self.turn_seconds, time.monotonic() - self._turn_began)
             self._turn_began = None
             while not self._ended:
                 for background in (False, True):
-                    if turn := self._most_urgent(background=background):
+                    if leader := self._most_urgent(background=background):
                         self._turn_began = time.monotonic()
-                        return turn
+                        return leader
                 self.changed.wait(WAIT_SECONDS)
             return None
 
-    def _most_urgent(self, *, background: bool) -> tuple[Waiting, Sequence[Waiting]] | None:
-        groups = [(batcher.token_seconds, batcher.candidates(background=background)) for batcher in self._batchers]
+    def _most_urgent(self, *, background: bool) -> Waiting | None:
+        groups = [(batcher.token_seconds, batcher.first(background=background)) for batcher in self._batchers]
         texts = [text for _, group in groups for text in group]
         if not texts:
             return None
         now, dearest = time.monotonic(), max(token_seconds for token_seconds, _ in groups)
         work = [text.wanted * token_seconds / dearest for token_seconds, group in groups for text in group]
-        leader = texts[most_urgent([now - text.arrived for text in texts], work)]
-        return leader, next(group for _, group in groups if group and group[0].batcher is leader.batcher)
+        return texts[most_urgent([now - text.arrived for text in texts], work)]

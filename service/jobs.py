@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from service.errors import RefrainError
@@ -27,6 +26,8 @@ LARGER = 4
 Shortage = Literal["overload", "deadline"]
 Exit = Literal["depth", "confidence", Shortage]
 Drop = Literal["deadline", "client"]
+Kind = tuple[int, int]
+"""How many iterations are asked, and whether fewer will do: 0 no, 1 yes, 2 yes, and it has had one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +110,7 @@ class Waiting:
     hidden: Any = None
     logits: FloatArray | None = None  # of the last iteration
     result: Result | None = None
+    kind: Kind = (0, 0)  # as its pool has it
 
     @property
     def length(self) -> int:
@@ -136,18 +138,11 @@ class Waiting:
         return self.text.work
 
 
-@dataclass(slots=True)
-class _Size:
-    """Texts that ask alike much, in order of arrival, and how much that is together."""
-
-    texts: dict[int, Waiting] = field(default_factory=dict)
-    admitted: int = 0
-
-
 class Pool:
-    """Texts by size, and how much they are, which any thread may ask.
+    """Texts by length and by what is asked of them, and how much they are, which any thread may ask.
 
-    A size is everything up to twice as much work, so that what is small is found behind any number of large ones.
+    Of one length and kind the first is the most urgent: it came first, and as the first run first, none of the others
+    has fewer iterations before it. So nobody need look at more than the first ones to find the most urgent of all.
     """
 
     def __init__(self) -> None:
@@ -156,20 +151,27 @@ class Pool:
         self.tokens = 0
         self.admitted = 0  # what all of them might have asked when they came
         self.until = -math.inf  # the latest deadline that came: by then it is empty
-        self._sizes: dict[int, _Size] = {}
+        self._queues: dict[int, dict[Kind, dict[int, Waiting]]] = {}  # by length; none is empty
+        self._sizes: dict[int, int] = {}  # what texts might have asked, by the digits of that
 
     def admitted_before(self, work: int) -> int:
         """What those might have asked that a newcomer with so much work does not overtake: up to LARGER times its size.
 
-        One that is larger still is overtaken within a small part of the time that it has waited.
+        A size is everything up to twice as much work. One that is larger still is overtaken within a small part of the
+        time that it has waited.
         """
         largest = work.bit_length() + LARGER.bit_length() - 1
-        return sum(size.admitted for of, size in list(self._sizes.items()) if of <= largest)
+        return sum(admitted for size, admitted in list(self._sizes.items()) if size <= largest)
 
-    def oldest(self, most: int) -> list[Waiting]:
-        """The oldest of each size, `most` in all but one of each at least."""
-        sizes = [size.texts for size in self._sizes.values() if size.texts]
-        return [waiting for texts in sizes for waiting in islice(texts.values(), max(1, most // len(sizes)))]
+    def first(self) -> list[Waiting]:
+        """The first of each length and kind."""
+        return [next(iter(queue.values())) for queues in self._queues.values() for queue in queues.values()]
+
+    def near(self, length: int, reach: int) -> Iterator[Waiting]:
+        """Those that are at most so many tokens longer or shorter, the nearest in length first."""
+        for other in sorted(range(length - reach, length + reach + 1), key=lambda other: abs(other - length)):
+            for queue in self._queues.get(other, {}).values():
+                yield from queue.values()
 
     def add(self, waiting: Waiting) -> None:
         """Takes a text in."""
@@ -179,9 +181,15 @@ class Pool:
         self.tokens += waiting.length
         self.admitted += waiting.admitted
         self.until = max(self.until, waiting.deadline)
-        size = self._sizes.setdefault(waiting.admitted.bit_length(), _Size())
-        size.texts[waiting.number] = waiting
-        size.admitted += waiting.admitted
+        size = waiting.admitted.bit_length()
+        self._sizes[size] = self._sizes.get(size, 0) + waiting.admitted
+        self._enqueue(waiting)
+
+    def begun(self, waiting: Waiting) -> None:
+        """Takes note that a text has had iterations: the first makes who may be cut less urgent."""
+        if waiting.number in self.texts and waiting.kind != _kind(waiting):
+            self._dequeue(waiting)
+            self._enqueue(waiting)
 
     def remove(self, waiting: Waiting) -> bool:
         """Lets a text go; False if it has gone already."""
@@ -190,10 +198,27 @@ class Pool:
         self.willing.pop(waiting.number, None)
         self.tokens -= waiting.length
         self.admitted -= waiting.admitted
-        size = self._sizes[waiting.admitted.bit_length()]
-        del size.texts[waiting.number]
-        size.admitted -= waiting.admitted
+        self._sizes[waiting.admitted.bit_length()] -= waiting.admitted
+        self._dequeue(waiting)
         return True
+
+    def _enqueue(self, waiting: Waiting) -> None:
+        waiting.kind = _kind(waiting)
+        self._queues.setdefault(waiting.length, {}).setdefault(waiting.kind, {})[waiting.number] = waiting
+
+    def _dequeue(self, waiting: Waiting) -> None:
+        queues = self._queues[waiting.length]
+        queue = queues[waiting.kind]
+        del queue[waiting.number]
+        if not queue:
+            del queues[waiting.kind]
+            if not queues:
+                del self._queues[waiting.length]
+
+
+def _kind(waiting: Waiting) -> Kind:
+    fewer_will_do = 1 + (waiting.iterations > 0) if waiting.text.may_be_cut else 0
+    return waiting.text.max_iterations, fewer_will_do
 
 
 class Pace:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from random import Random
 from unittest.mock import patch
 
 import numpy as np
@@ -30,7 +31,8 @@ from service.errors import (
     QueueFull,
     RefrainError,
 )
-from service.jobs import Answer, Drop, Exit, Job, Pace, Pool, Text, Waiting
+from service.jobs import CALL_TOKENS, Answer, Drop, Exit, Job, Pace, Pool, Text, Waiting
+from service.scheduling import ALIKE, choose_batch
 from tests.service.fakes import FakeEngine, FloatArray, wait_until
 
 SECONDS = 30.0
@@ -558,26 +560,59 @@ def test_long_texts_leave_room_for_short_ones_but_not_for_their_like() -> None:
         setup.batcher.stop(timeout=0)
 
 
-@given(st.lists(st.tuples(st.integers(1, 300), st.integers(1, 16)), min_size=1, max_size=60), st.integers(1, 40))
-def test_the_oldest_of_each_size_is_always_looked_at(asked: list[tuple[int, int]], most: int) -> None:
+ASKED = st.tuples(st.sampled_from([1, 9, 10, 300]), st.sampled_from([1, 16]), st.booleans())
+
+
+def pool_of(asked: Sequence[tuple[int, int, bool]]) -> Pool:
     batcher = Batcher(FakeEngine(), EngineThread(stuck_seconds=1), limits=Limits(1, 1, 1), observer=Recorder())
     pool = Pool()
-    for number, (length, iterations) in enumerate(asked):
-        one = text(*[1] * length, iterations=iterations)
-        pool.add(Waiting(number, one, batcher, pool, Job(lambda *_: None), 0.0, 0.0))
-    found = [waiting.number for waiting in pool.oldest(most)]
+    for number, (length, iterations, may_be_cut) in enumerate(asked):
+        one = text(*[1] * length, iterations=iterations, may_be_cut=may_be_cut)
+        pool.add(Waiting(number, one, batcher, pool, Job(lambda *_: None), float(number), math.inf))
+    return pool
+
+
+@given(st.lists(ASKED, min_size=1, max_size=60), st.sampled_from([1, 40, 400]), st.randoms(use_true_random=False))
+def test_the_most_urgent_is_among_the_first_of_each_kind(
+    asked: list[tuple[int, int, bool]], batch_tokens: int, random: Random
+) -> None:
+    pool, clock = pool_of(asked), float(len(asked))
+
+    def urgency(waiting: Waiting) -> float:
+        return (clock - waiting.arrived) / (waiting.wanted + ALIKE)
+
+    while pool.texts:
+        leader = max(pool.first(), key=urgency)
+        assert urgency(leader) == max(map(urgency, pool.texts.values()))
+        near = [leader, *(waiting for waiting in pool.near(leader.length, CALL_TOKENS) if waiting is not leader)]
+        assert {waiting.number for waiting in near} == {
+            waiting.number for waiting in pool.texts.values() if abs(waiting.length - leader.length) <= CALL_TOKENS
+        }
+        apart = [abs(waiting.length - leader.length) for waiting in near]
+        assert apart == sorted(apart)
+        for place in choose_batch([waiting.length for waiting in near], 0, batch_tokens, CALL_TOKENS):
+            waiting = near[place]
+            waiting.iterations += 1
+            pool.begun(waiting)
+            if waiting.iterations == waiting.text.max_iterations or random.random() < 0.1:  # it was sure, or has left
+                pool.remove(waiting)
+        clock += 1
+
+
+@given(st.lists(ASKED, min_size=1, max_size=60))
+def test_a_pool_knows_how_much_it_holds(asked: list[tuple[int, int, bool]]) -> None:
+    pool = pool_of(asked)
     works = [waiting.admitted for waiting in pool.texts.values()]
-    heads = {work.bit_length(): number for number, work in reversed(list(enumerate(works)))}
-    assert set(heads.values()) <= set(found)
-    assert len(found) == len(set(found)) <= max(most, len(heads))
     for waiting in list(pool.texts.values()):
         before = pool.admitted_before(waiting.admitted)
         assert sum(work for work in works if work <= 4 * waiting.admitted) <= before
         assert before <= sum(work for work in works if work < 8 * waiting.admitted)
         assert pool.remove(waiting)
+        assert not pool.remove(waiting)
         works.remove(waiting.admitted)
         assert pool.admitted == sum(works)
-    assert not pool.oldest(most)
+    assert not pool.first()
+    assert not list(pool.near(1, 300))
 
 
 def test_any_thread_may_ask_a_pool_how_much_it_holds_while_texts_of_new_sizes_come() -> None:
