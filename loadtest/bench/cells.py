@@ -183,6 +183,7 @@ def drive(
     *,
     seconds: float | None = None,
     arrivals_per_second: float | None = None,
+    resting: bool = False,
 ) -> Seen:
     """Runs the load generator; the service's peak memory is kept. Open arrivals have no warm-up of their own."""
     address = urlsplit(subject.url)
@@ -196,6 +197,7 @@ def drive(
         "seconds": lasts,
         "arrivals_per_second": arrivals_per_second,
         "seed": options.seed,
+        "resting": resting,
     }
     allowed = options.warmup + lasts + GIVE_UP_SECONDS + _SLACK_SECONDS
     with processes.watched(subject.pid) as watch, probes.asked(subject.url, log.with_suffix(".idle")) as asked:

@@ -18,11 +18,14 @@ import uvloop
 
 from loadtest.bench import processes, workers
 from loadtest.bench.connection import GIVE_UP_SECONDS, Load, Request, Traffic, encode
-from loadtest.bench.paces import Closed, Open, arrivals
+from loadtest.bench.paces import Closed, Open, arrivals, rest
 
 
 async def drive(job: dict[str, Any]) -> dict[str, Any]:
-    """Load for `warmup` seconds, then for the measured ones; then waits for what is on its way."""
+    """Load for `warmup` seconds, then for the measured ones; then waits for what is on its way.
+
+    Open arrivals, and a closed loop that is `resting`, are not woken by what comes but look for it now and then.
+    """
     load, traffics = Load(job["host"], job["port"]), [_traffic(one, job) for one in job["traffics"]]
     rate = job["arrivals_per_second"]
     due = arrivals(rate, job["seconds"], job["seed"]) if rate else []
@@ -31,7 +34,13 @@ async def drive(job: dict[str, Any]) -> dict[str, Any]:
     await asyncio.sleep(job["warmup"])
     service, own = processes.cpu_seconds(job["pid"]), time.process_time()
     load.begin = time.perf_counter()
-    await (pace.arrive() if isinstance(pace, Open) else asyncio.sleep(job["seconds"]))
+    if isinstance(pace, Open):
+        await pace.arrive()
+    elif job["resting"]:
+        while time.perf_counter() < load.begin + job["seconds"]:
+            await rest(0.0)
+    else:
+        await asyncio.sleep(job["seconds"])
     load.end = time.perf_counter()
     used = {pid: used - service.get(pid, 0.0) for pid, used in processes.cpu_seconds(job["pid"]).items()}
     generator = time.process_time() - own

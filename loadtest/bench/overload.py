@@ -74,7 +74,7 @@ def measure(mode: ModeName, subject: Target, options: BenchOptions, folder: Path
     threshold = cells.threshold(mode, subject, options)
     closed = cells.traffic(subject, subject.short, max(_CONNECTIONS, *options.connections), 1, threshold)
     seconds = max(options.seconds, options.overload / 20)
-    before = cells.drive(subject, [closed], options, folder / "capacity-before", seconds=seconds)
+    before = cells.drive(subject, [closed], options, folder / "capacity-before", seconds=seconds, resting=True)
     if not before.answered:
         raise LoadTestError(f"no request was answered rightly before it: {before.failures}")
     arrivals = TIMES_CAPACITY * _rate(before)
@@ -86,7 +86,7 @@ def measure(mode: ModeName, subject: Target, options: BenchOptions, folder: Path
         seconds=options.overload,
         arrivals_per_second=arrivals,
     )
-    after = cells.drive(subject, [closed], options, folder / "capacity-after", seconds=seconds)
+    after = cells.drive(subject, [closed], options, folder / "capacity-after", seconds=seconds, resting=True)
     return judged(mode, before, after, arrivals, seen)
 
 

@@ -17,6 +17,15 @@ _BEHIND = 32
 """Requests sent without a look at what has come, where more are overdue."""
 
 
+async def rest(seconds: float) -> None:
+    """Sleeps for so long, a tick at least, and then hears what has come.
+
+    Nothing wakes it meanwhile: to wake it for each answer would cost the service's cores as much as a refusal does.
+    """
+    time.sleep(max(seconds, _TICK_SECONDS))
+    await asyncio.sleep(0)
+
+
 class Closed:
     """Closed loop: each connection sends its next request as soon as the last one is answered."""
 
@@ -77,7 +86,7 @@ class Open:
             began = self._load.begin + seconds
             wait = began - time.perf_counter()
             if wait > 0:
-                await asyncio.sleep(max(wait, _TICK_SECONDS))
+                await rest(wait)
             elif number % _BEHIND == 0:  # one that is behind must hear answers too
                 await asyncio.sleep(0)
             self._send(began)

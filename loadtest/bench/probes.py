@@ -5,6 +5,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ _IDLE = "loadtest.bench.idle"
 class Probes:
     """How many milliseconds each answer took, by path, and what was wrong with those that were not a 200.
 
-    `idle` is the same of a server with nothing to do, asked in turn with the service.
+    `idle` is the same of a server with nothing to do, asked in the same moments: the machine's part in it.
     """
 
     milliseconds: list[tuple[str, float]] = field(default_factory=list)
@@ -47,9 +48,10 @@ def asked(url: str, log: Path) -> Iterator[Probes]:
     """Asks while the block runs, each time on a connection of its own, as orchestrators do; and once at its start."""
     probes, done = Probes(), Event()
 
-    def ask_all(idle: str) -> None:
+    def ask_all(idle: str, beside: Executor) -> None:
         scraped, turn = -_SCRAPE_SECONDS, 0
         while True:
+            asked_idle = beside.submit(_ask, idle, "/")
             if time.monotonic() - scraped >= _SCRAPE_SECONDS:
                 scraped, path = time.monotonic(), METRICS
             else:
@@ -58,12 +60,12 @@ def asked(url: str, log: Path) -> Iterator[Probes]:
             probes.milliseconds.append((path, milliseconds))
             if wrong:
                 probes.failures[f"{path}: {wrong}"] += 1
-            probes.idle.append(_ask(idle, "/")[0])
+            probes.idle.append(asked_idle.result()[0])
             if done.wait(_INTERVAL_SECONDS):
                 return
 
-    with _idle_server(log) as idle:
-        thread = Thread(target=ask_all, args=(idle,), name="probes")
+    with _idle_server(log) as idle, ThreadPoolExecutor(1, "idle") as beside:
+        thread = Thread(target=ask_all, args=(idle, beside), name="probes")
         thread.start()
         try:
             yield probes

@@ -53,7 +53,8 @@ async def driven(behave: Behaviour, **job: Any) -> dict[str, Any]:
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
         given = {"host": "127.0.0.1", "port": port, "pid": os.getpid(), "warmup": 0.0, "seconds": 0.3, "seed": 1}
-        return await asyncio.wait_for(drive(given | {"arrivals_per_second": None} | job), 30)
+        closed = {"arrivals_per_second": None, "resting": False}
+        return await asyncio.wait_for(drive(given | closed | job), 30)
 
 
 def traffic(*texts: str, connections: int = 3, list_size: int = 1) -> list[dict[str, Any]]:
@@ -80,8 +81,9 @@ def every(which: int, instead: bytes) -> Behaviour:
     return behave
 
 
-def test_right_answers_are_counted_and_timed() -> None:
-    recording, seen = run(right)
+@pytest.mark.parametrize("resting", [False, True])
+def test_right_answers_are_counted_and_timed(resting: bool) -> None:
+    recording, seen = run(right, resting=resting)
     assert recording.failures == {}
     assert len(recording.milliseconds) > 3
     assert min(recording.milliseconds) > 0
