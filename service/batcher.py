@@ -128,7 +128,9 @@ class Batcher:
         excess_seconds = waits - max(0.0, min(limits.queue_seconds, longest))
         if excess_texts <= 0 and excess_tokens <= 0 and excess_seconds <= 0:
             return None
-        seconds = max(excess_seconds, self._pace.seconds(admitted=excess_tokens, texts=excess_texts))
+        tokens_there = max(1, self._foreground.tokens)  # asked without a lock: it may be empty by now
+        work_of_token = self._foreground.admitted / tokens_there
+        seconds = max(excess_seconds, self._pace.seconds(admitted=excess_tokens * work_of_token, texts=excess_texts))
         # However slow it is, what waits is gone by its deadline.
         return min(seconds, self._foreground.until - now) if self._foreground.texts else seconds
 

@@ -22,6 +22,8 @@ MEMORY = 0.95
 
 LARGER = 4
 """So many times larger, and a text does not delay one that comes later."""
+SIZES = 64
+"""A text's work has fewer binary digits."""
 
 Shortage = Literal["overload", "deadline"]
 Exit = Literal["depth", "confidence", Shortage]
@@ -152,7 +154,7 @@ class Pool:
         self.admitted = 0  # what all of them might have asked when they came
         self.until = -math.inf  # the latest deadline that came: by then it is empty
         self._queues: dict[int, dict[Kind, dict[int, Waiting]]] = {}  # by length; none is empty
-        self._sizes: dict[int, int] = {}  # what texts might have asked, by the digits of that
+        self._sizes = [0] * SIZES  # what texts might have asked, by the binary digits of that
 
     def admitted_before(self, work: int) -> int:
         """What those might have asked that a newcomer with so much work does not overtake: up to LARGER times its size.
@@ -161,7 +163,7 @@ class Pool:
         time that it has waited.
         """
         largest = work.bit_length() + LARGER.bit_length() - 1
-        return sum(admitted for size, admitted in list(self._sizes.items()) if size <= largest)
+        return sum(self._sizes[: largest + 1])
 
     def first(self) -> list[Waiting]:
         """The first of each length and kind."""
@@ -181,8 +183,7 @@ class Pool:
         self.tokens += waiting.length
         self.admitted += waiting.admitted
         self.until = max(self.until, waiting.deadline)
-        size = waiting.admitted.bit_length()
-        self._sizes[size] = self._sizes.get(size, 0) + waiting.admitted
+        self._sizes[waiting.admitted.bit_length()] += waiting.admitted
         self._enqueue(waiting)
 
     def begun(self, waiting: Waiting) -> None:
@@ -248,7 +249,7 @@ class Pace:
         self._seconds = min(seconds, 2 * before * self._admitted)
         self._since = now
 
-    def seconds(self, *, admitted: int = 0, texts: int = 0) -> float:
+    def seconds(self, *, admitted: float = 0, texts: int = 0) -> float:
         """How long so much takes, the longer of both; 0 as long as nothing was done."""
         if not self._texts:
             return 0.0

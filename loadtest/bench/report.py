@@ -68,7 +68,8 @@ def as_markdown(results: Results, options: BenchOptions, about: dict[str, str]) 
         f"{options.list_size} sorted by length, fixed depth. Bare: one text in one process. Load generator beside the "
         "service on the same cores; each connection sends its next request on the last answer, and every answer is "
         "checked against the raw runtime's. Probes: /healthz and /readyz in turn every 0.1 s, /metrics every 2 s, each "
-        "on a new connection; an idle server beside is asked as often, since what it takes is the machine's own time.",
+        "on a new connection; an idle server beside is asked in the same moments, since what it takes is the machine's "
+        "own time.",
         *(
             f"## {mode}\n\n{table(summary, [cell for cell in summary.cells if cell.mode == mode])}"
             for mode in summary.modes

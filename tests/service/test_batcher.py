@@ -502,6 +502,15 @@ def test_the_queue_is_bounded_in_tokens_too() -> None:
         answers(setup.submit(text(*range(10))))
 
 
+def test_who_finds_too_many_tokens_learns_how_long_their_work_takes() -> None:
+    with running(queue_tokens=100, pace=Pace(1.0, 1000, 1000)) as setup:  # a millisecond for a token, or for a text
+        setup.hold()
+        setup.submit(text(*[1] * 90, iterations=10))  # a second nearly, of which a ninth must go
+        with pytest.raises(QueueFull) as caught:
+            setup.submit(text(*[2] * 20))
+        assert caught.value.retry_after == pytest.approx(0.11, rel=0.2)
+
+
 class Slow(FakeEngine):
     """An engine that takes its time."""
 
