@@ -5,17 +5,15 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Awaitable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive
 
-from service.body import client_left, read_body
+from service.body import read_body
 from service.bundle import Bundle
 from service.errors import (
     ClientGone,
@@ -48,6 +46,8 @@ from service.texts import (
 
 if TYPE_CHECKING:
     from service.shadow import Shadows
+
+Found = TypeVar("Found")
 
 # For texts of which much must be read, a huge word for one. One thread: a megabyte of text takes 80 times that while it
 # is cut into tokens, and so the next waits.
@@ -165,15 +165,14 @@ async def _run(
     started = time.monotonic()
     wait = patience(deadline - started, may_be_cut=asked.allow_fewer_iterations)
     model.batcher.check_room(len(places), 0, work, wait)  # before tokenizing, which would be for nothing
-    async with _until(deadline):
-        encoded = await tokenize(model, asked, places)
-        tokenize_seconds = time.monotonic() - started
-        tokens, most = sum(len(text.ids) for text in encoded), request.app.state.runtime.settings.max_queue_tokens
-        if tokens > most:  # and would be however empty the queue
-            raise TooManyInputs(f"At most {most} tokens in one request; these inputs have {tokens}.", limit=most)
-        call.tokens = (call.tokens or 0) + tokens
-        job = model.batcher.submit(texts_to_run(asked, model.manifest, encoded, sure), deadline)
-        results = await _wait(job, request.receive)
+    encoded = await tokenize(model, asked, places, deadline)
+    tokenize_seconds = time.monotonic() - started
+    tokens, most = sum(len(text.ids) for text in encoded), request.app.state.runtime.settings.max_queue_tokens
+    if tokens > most:  # and would be however empty the queue
+        raise TooManyInputs(f"At most {most} tokens in one request; these inputs have {tokens}.", limit=most)
+    call.tokens = (call.tokens or 0) + tokens
+    job = model.batcher.submit(texts_to_run(asked, model.manifest, encoded, sure), deadline)
+    results = await _wait(job, deadline, request.state.left)
     outcomes = [
         Outcome(model, text, _good(asked, place, result), tokenize_seconds)
         for place, text, result in zip(places, encoded, results, strict=True)
@@ -182,41 +181,35 @@ async def _run(
     return outcomes
 
 
-@asynccontextmanager
-async def _until(deadline: float) -> AsyncIterator[None]:
-    try:
-        async with asyncio.timeout(deadline - time.monotonic()):
-            yield
-    except TimeoutError:
-        raise DeadlineExceeded from None
-
-
 def _answer(asked: ClassifyRequest, outcomes: Sequence[Outcome], call: Call) -> ClassifyAnswer:
     results = [
         to_result(asked, outcome.model.bundle, outcome.text, outcome.answer, asked.top_k) for outcome in outcomes
     ]
-    timings = Timings(
-        tokenize=_ms(max(outcome.tokenize_seconds for outcome in outcomes)),
-        queue=_ms(max(outcome.answer.queue_seconds for outcome in outcomes)),
-        inference=_ms(max(outcome.answer.inference_seconds for outcome in outcomes)),
-        total=_ms(time.monotonic() - call.started),
-    )
-    call.timings_ms = timings.model_dump()
+    call.timings_ms = {
+        "tokenize": _ms(max(outcome.tokenize_seconds for outcome in outcomes)),
+        "queue": _ms(max(outcome.answer.queue_seconds for outcome in outcomes)),
+        "inference": _ms(max(outcome.answer.inference_seconds for outcome in outcomes)),
+        "total": _ms(time.monotonic() - call.started),
+    }
+    timings = Timings(**call.timings_ms)
     return ClassifyAnswer(id=call.id, task=outcomes[0].model.manifest.task, results=results, timings_ms=timings)
 
 
 async def tokenize(
-    model: Model, asked: ClassifyRequest, places: Sequence[int], thread: Executor | None = None
+    model: Model, asked: ClassifyRequest, places: Sequence[int], deadline: float, thread: Executor | None = None
 ) -> list[Encoded]:
     """Turn the texts in these places into ids, cut to what the model takes; on `thread`, or in turns with others.
 
-    Raises InputEmpty, and InputTooLong where no cut is wanted.
+    Raises DeadlineExceeded, InputEmpty, and InputTooLong where no cut is wanted.
     """
     texts, limit = [asked.texts[place] for place in places], model.manifest.max_tokens
     if thread is None:
-        encoded = await _encode_in_turns(model.bundle, texts)
+        encoded = await _encode_in_turns(model.bundle, texts, deadline)
     else:
-        encoded = await asyncio.get_running_loop().run_in_executor(thread, encode, model.bundle, texts)
+        loop = asyncio.get_running_loop()
+        encoded = await _by(deadline, loop.run_in_executor(thread, encode, model.bundle, texts))
+    if time.monotonic() >= deadline:
+        raise DeadlineExceeded
     for index, text in zip(places, encoded, strict=True):
         if text.is_empty:
             raise InputEmpty(f"Input {index} holds nothing but the class token once it is cut up.", index=index)
@@ -227,7 +220,7 @@ async def tokenize(
     return encoded
 
 
-async def _encode_in_turns(bundle: Bundle, texts: Sequence[str]) -> list[Encoded]:
+async def _encode_in_turns(bundle: Bundle, texts: Sequence[str], deadline: float) -> list[Encoded]:
     """Encode on the event loop, which others get now and then; only a text that takes long goes to the thread."""
     encoded: list[Encoded] = []
     characters = 0
@@ -239,13 +232,20 @@ async def _encode_in_turns(bundle: Bundle, texts: Sequence[str]) -> list[Encoded
         found = encode_beginning(bundle, text)
         if found is None:
             loop = asyncio.get_running_loop()
-            found = await loop.run_in_executor(_TOKENIZER_THREAD, encode_further, bundle, text)
+            found = await _by(deadline, loop.run_in_executor(_TOKENIZER_THREAD, encode_further, bundle, text))
         encoded.append(found)
     return encoded
 
 
-async def _wait(job: Job, receive: Receive) -> list[Answer | RefrainError]:
-    """Wait for a job, and give it up when the client leaves or the wait is cancelled, as by its deadline."""
+async def _by(deadline: float, found: Awaitable[Found]) -> Found:
+    try:
+        return await asyncio.wait_for(found, deadline - time.monotonic())
+    except TimeoutError:
+        raise DeadlineExceeded from None
+
+
+async def _wait(job: Job, deadline: float, left: asyncio.Future[None]) -> list[Answer | RefrainError]:
+    """Wait for a job, and give it up at its deadline or when its client has left, or the wait is cancelled."""
     loop = asyncio.get_running_loop()
     over: asyncio.Future[None] = loop.create_future()
 
@@ -254,17 +254,17 @@ async def _wait(job: Job, receive: Receive) -> list[Answer | RefrainError]:
             over.set_result(None)
 
     job.future.add_done_callback(lambda _: loop.call_soon_threadsafe(settle))
-    gone = asyncio.ensure_future(client_left(receive))
-    gone.add_done_callback(settle)
+    left.add_done_callback(settle)
+    timer = loop.call_later(deadline - time.monotonic(), settle)
     try:
         await over
     finally:
-        left = gone.done()
-        gone.cancel()
+        timer.cancel()
+        left.remove_done_callback(settle)
         if not job.future.done():
-            job.abandon("client" if left else "deadline")
+            job.abandon("client" if left.done() else "deadline")
     if job.future.cancelled():
-        raise ClientGone
+        raise ClientGone if left.done() else DeadlineExceeded
     return job.future.result()
 
 

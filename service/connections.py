@@ -183,6 +183,7 @@ class Connection(HttpToolsProtocol):
         self._refused_seconds = REFUSED_SECONDS
         super().on_headers_complete()
         self.headers = []  # what is still added are trailers, which must not pass for headers (RFC 9110, 6.5.1)
+        self.cycle.scope["state"]["left"] = self.loop.create_future()
         self.cycle.transport = cast(asyncio.Transport, _CycleTransport(self.cycle, self.transport, self._end))
         self.cycle.keep_alive = self.cycle.keep_alive and not self._over
         if not self.pipeline:
@@ -211,6 +212,8 @@ class Connection(HttpToolsProtocol):
                 return
             self._let_through(self._held)
         super().on_message_complete()
+        if not self.pipeline:
+            self.flow.resume_reading()  # a large body paused it
 
     def _let_through(self, body: bytes) -> None:
         self._held, self._until = None, math.inf
@@ -272,8 +275,7 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
         self._unset_keepalive_if_required()  # uvicorn leaves the timer where the client reset the connection
         if self._running is not None and not self._running.response_complete:
-            self._running.disconnected = True
-            self._running.message_event.set()
+            _tell_left(self._running)
         # Requests and their connection hold each other, and would be left to the collector.
         self._running = None
         self.cycle = None  # type: ignore[assignment]
@@ -283,6 +285,8 @@ class Connection(HttpToolsProtocol):
         """Cut off a client that takes too long; `now` as time.monotonic() has it."""
         if self._held is not None:  # its body takes a while; how long it may is for the app to say
             self._let_through(self._held)
+        if self._running is not None and self._running.more_body:
+            self._running.message_event.set()  # for the app to look at the clock
         if now >= self._until:
             self._until = math.inf
             if self._within and self._unplaced and not self._deaf:
@@ -314,8 +318,7 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
             return
         if not self._answered():  # the broken request itself: the app sees its client leave
-            cycle.disconnected = True
-            cycle.message_event.set()
+            _tell_left(cycle)
         headers = [*response.raw_headers, (b"x-request-id", call.id.encode())]
         self._write(call.code, headers, b"\r\n" + bytes(response.body))
         self._end()
@@ -337,6 +340,15 @@ class Connection(HttpToolsProtocol):
             self.flow.resume_reading()
             self.transport.write_eof()
             self._until = time.monotonic() + LINGER_SECONDS
+
+
+def _tell_left(cycle: RequestResponseCycle) -> None:
+    """Tell a request that its client left, whether it waits for more of the body or for its answer."""
+    cycle.disconnected = True
+    cycle.message_event.set()
+    left: asyncio.Future[None] = cycle.scope["state"]["left"]
+    if not left.done():
+        left.set_result(None)
 
 
 def check_all(connections: Iterable[object]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import random
 import re
@@ -71,7 +72,9 @@ class Front:
         call = Call(request_id(headers), scope["method"], scope["path"][:SHOWN_PATH], time.monotonic())
         if self._traced or "traceparent" in headers:
             call.trace_id = trace_id(headers)
-        scope.setdefault("state", {})["call"] = call
+        state = scope.setdefault("state", {})
+        state["call"] = call
+        state.setdefault("left", asyncio.get_running_loop().create_future())  # a server that is not ours does not tell
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":

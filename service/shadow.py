@@ -80,7 +80,7 @@ class Shadows:
 
 async def _run(model: Model, asked: ClassifyRequest, deadline: float) -> list[Answer | RefrainError]:
     asked = asked.model_copy(update={"allow_fewer_iterations": False})  # nobody waits, and only whole depth compares
-    encoded = await tokenize(model, asked, range(len(asked.texts)), _THREAD)
+    encoded = await tokenize(model, asked, range(len(asked.texts)), deadline, _THREAD)
     job = model.batcher.submit(texts_to_run(asked, model.manifest, encoded), deadline, background=True)
     try:
         return await asyncio.wrap_future(job.future)

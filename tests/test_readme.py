@@ -22,6 +22,13 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+OVERLOAD = {
+    "goodput / capacity": "of its capacity",
+    "memory, late / early, PSS": "times",
+    "slowest probe of the service, of an idle server, ms": "ms",
+}
+
+
 def cells(text: str) -> list[list[str]]:
     """A table's rows."""
     rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
@@ -119,6 +126,15 @@ def test_benchmark_tables_are_those_that_the_command_wrote() -> None:
     table = [line for line in part.splitlines() if line.startswith("|")]
     assert table
     assert set(table) <= set(written)
+
+
+def test_what_twice_the_capacity_does_is_what_the_command_wrote() -> None:
+    written = (ROOT / "docs/results/bench.md").read_text(encoding="utf-8").split("## Overload")[1]
+    told = README[README.index("Arrivals at twice the capacity") :].partition("\n\n")[0]
+    rows = {name: values for name, values in cells(written) if values}
+    for name, unit in OVERLOAD.items():
+        assert f"{rows[name].split(' and ')[0]} {unit}" in " ".join(told.split())
+    assert rows["ended in any other way, lost"] == "0, 0"
 
 
 def test_quality_is_the_manifests() -> None:

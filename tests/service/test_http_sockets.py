@@ -122,6 +122,22 @@ def test_nothing_runs_for_a_client_that_left_after_asking_often(more: int) -> No
         assert served.count("refrain_dropped_texts_total", reason="client", **model) == 1
 
 
+@pytest.mark.parametrize("words", [1, 40_000, 80_000])  # of which many come in several reads, and reading pauses
+def test_nothing_runs_for_a_client_that_left_after_much(words: int) -> None:
+    with live() as served, ThreadPoolExecutor() as pool:
+        served.fake.recurrent.gate.clear()
+        occupied = pool.submit(served.ask, "POST", "/classify", {"inputs": "occupied"})
+        assert served.fake.recurrent.entered.wait(timeout=10)
+        leaver = served.send(classify_bytes("word " * words))
+        model = {"architecture": "recurrent", "task": "sentiment"}
+        wait_until(lambda: served.count("refrain_queue_depth", **model) == 2)
+        leaver.close()
+        wait_until(lambda: served.count("refrain_queue_depth", **model) == 1)
+        assert served.count("refrain_dropped_texts_total", reason="client", **model) == 1
+        served.fake.recurrent.gate.set()
+        assert occupied.result(timeout=10)[0] == 200
+
+
 def test_what_a_deadline_ended_is_not_counted_as_left_by_its_client() -> None:
     with live() as served, ThreadPoolExecutor(20) as pool:
         served.fake.recurrent.gate.clear()
