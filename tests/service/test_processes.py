@@ -138,8 +138,14 @@ def test_a_killed_process_takes_its_own_requests_along_and_is_replaced(served: P
         sent = len(clients.codes)
         wait_until(lambda: len(clients.codes) > sent + 10 * CLIENTS, SECONDS)
     assert set(clients.codes) | set(strangers) == {200}  # nobody met the new process before it was ready
-    events = [line["event"].partition(" [")[0] for line in served.log_lines()]
-    assert events.index("loaded", events.index("a process ended")) < last(events, "Started server process")
+
+    def events() -> list[str]:
+        return [line["event"].partition(" [")[0] for line in served.log_lines()]
+
+    # A process writes its lines a moment after what they tell of.
+    wait_until(lambda: last(events(), "Started server process") > events().index("a process ended"), SECONDS)
+    told = events()
+    assert told.index("loaded", told.index("a process ended")) < last(told, "Started server process")
     assert clients.broken <= 2 * CLIENTS
     counted = answered(served) - counted
     answers = len(clients.codes) + len(strangers)
