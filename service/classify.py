@@ -238,6 +238,7 @@ async def _encode_in_turns(bundle: Bundle, texts: Sequence[str], deadline: float
 
 
 async def _by(deadline: float, found: Awaitable[Found]) -> Found:
+    """Wait for something until a deadline on the monotonic clock; raises DeadlineExceeded."""
     try:
         return await asyncio.wait_for(found, deadline - time.monotonic())
     except TimeoutError:

@@ -74,7 +74,8 @@ class Front:
             call.trace_id = trace_id(headers)
         state = scope.setdefault("state", {})
         state["call"] = call
-        state.setdefault("left", asyncio.get_running_loop().create_future())  # a server that is not ours does not tell
+        if "left" not in state:  # a server that is not ours does not tell
+            state["left"] = asyncio.get_running_loop().create_future()
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -20,7 +20,7 @@ _BEHIND = 32
 async def rest(seconds: float) -> None:
     """Sleeps for so long, a tick at least, and then hears what has come.
 
-    Nothing wakes it meanwhile: to wake it for each answer would cost the service's cores as much as a refusal does.
+    Nothing wakes it meanwhile: to wake it for each answer would cost the cores that the service runs on.
     """
     time.sleep(max(seconds, _TICK_SECONDS))
     await asyncio.sleep(0)

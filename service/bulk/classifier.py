@@ -56,8 +56,7 @@ class Classifier:
         outcomes: list[Result | BadText] = [BadText(NO_TOKENS) if isinstance(text, str) else text for text in texts]
         places = [place for place, text in enumerate(texts) if isinstance(text, str)]
         encoded = encode(self._bundle, [text for text in texts if isinstance(text, str)])
-        both = zip(places, encoded, strict=True)
-        runs = [(place, text) for place, text in both if not text.is_empty]
+        runs = [(place, text) for place, text in zip(places, encoded, strict=True) if not text.is_empty]
         if not runs:
             return outcomes
         asked = texts_to_run(self._options, self._bundle.manifest, [text for _, text in runs])

@@ -19,6 +19,7 @@ from structlog.testing import capture_logs
 from service.classify import _TOKENIZER_THREAD, TURN_CHARACTERS
 from tests.service.fakes import MAX_TOKENS, Fake, byte_tokenizer, fake_app, fake_bundle, running
 
+ROOT = Path(__file__).parents[2]
 TEXTS = ["a film", "another, longer film", "x", "a film that goes on and on and on and on and on"]
 
 
@@ -269,9 +270,20 @@ def test_every_log_line_is_json_on_stdout() -> None:
         "write_call(Call('i', 'GET', '/readyz', 0.0, code=200)); write_call(Call('j', 'POST', '/x', 0.0, code=404));"
         "logging.getLogger('uvicorn.error').error('broken', exc_info=ValueError('why'))"
     )
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=root, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=60)
     request, broken = map(json.loads, done.stdout.splitlines())
     assert (request["event"], request["id"], request["level"]) == ("request", "j", "info")
     assert broken["event"] == "broken" and "ValueError: why" in broken["exception"]
     assert done.stderr == ""
+
+
+def test_a_log_line_is_ascii_whatever_a_path_holds() -> None:
+    program = (
+        "import structlog; from service.logs import *; configure_logs('info');"
+        "write_call(Call('i', 'GET', '/\\x9b2J\\u2028\\n', 0.0)); write_call(Call('j', 'GET', '/\\ud800', 0.0));"
+        "structlog.get_logger().info('raw', header=b'\\xff\\x9b')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, cwd=ROOT, timeout=60)
+    control, surrogate, raw = map(json.loads, done.stdout.decode("ascii").splitlines())
+    assert (control["path"], surrogate["path"]) == ("/\x9b2J\u2028\n", "/\ud800")
+    assert raw["header"] == r"b'\xff\x9b'" and done.stderr == b""
