@@ -240,7 +240,8 @@ class Batcher:
         states, logits_BC = self._engine.step([waiting.hidden for waiting in batch])
         for waiting, state in zip(batch, states, strict=True):
             waiting.hidden = state
-        return [logits_C if np.isfinite(logits_C).all() else InferenceFailed() for logits_C in logits_BC]
+        good_B = np.logical_and.reduce(np.isfinite(logits_BC), axis=1).tolist()
+        return [logits_C if good else InferenceFailed() for logits_C, good in zip(logits_BC, good_B, strict=True)]
 
     def _check_engine(self) -> None:
         """Raises where not only a text failed but the engine has: on the token that every warm-up begins with."""
@@ -252,19 +253,22 @@ class Batcher:
         self, batch: Sequence[Waiting], outcomes: Sequence[FloatArray | InferenceFailed], now: float
     ) -> list[tuple[Waiting, Result]]:
         """The results of those who are done; the others go on to another iteration."""
-        paired = zip(batch, outcomes, strict=True)
-        good = [(waiting.iterations, found) for waiting, found in paired if not isinstance(found, InferenceFailed)]
-        temperatures = [temperature_after(self._temperatures, iterations) for iterations, _ in good]
-        logits = [logits_C for _, logits_C in good]
-        confidences = iter(confidence(np.array(logits), temperatures).tolist() if good else [])
         done: list[tuple[Waiting, Result]] = []
+        unsure: list[tuple[Waiting, FloatArray]] = []
         for waiting, outcome in zip(batch, outcomes, strict=True):
             if isinstance(outcome, InferenceFailed):
                 done.append((waiting, outcome))
-            elif reason := _why_done(waiting, next(confidences)):
-                done.append((waiting, _answer(waiting, outcome, reason, now)))
+            elif waiting.iterations >= waiting.text.max_iterations:
+                done.append((waiting, _answer(waiting, outcome, "depth", now)))
             else:
                 waiting.logits = outcome
+                if waiting.text.exit_threshold < 1:
+                    unsure.append((waiting, outcome))
+        if unsure:
+            temperatures = [temperature_after(self._temperatures, waiting.iterations) for waiting, _ in unsure]
+            confident = confidence(np.array([logits_C for _, logits_C in unsure]), temperatures).tolist()
+            sure = [one for one, found in zip(unsure, confident, strict=True) if found >= one[0].text.exit_threshold]
+            done += [(waiting, _answer(waiting, logits_C, "confidence", now)) for waiting, logits_C in sure]
         return done
 
     def _let_go(self, now: float) -> None:
@@ -306,15 +310,6 @@ class Batcher:
     def _refuse(self, error: Callable[[], RefrainError]) -> None:
         waiting = [*self._foreground.texts.values(), *self._background.texts.values()]
         self._finish([(text, error()) for text in waiting])
-
-
-def _why_done(waiting: Waiting, confident: float) -> Exit | None:
-    text = waiting.text
-    if waiting.iterations >= text.max_iterations:
-        return "depth"
-    if text.exit_threshold is not None and text.exit_threshold < 1 and confident >= text.exit_threshold:
-        return "confidence"
-    return None
 
 
 def _answer(waiting: Waiting, logits_C: FloatArray, reason: Exit, now: float) -> Answer:

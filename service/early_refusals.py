@@ -117,14 +117,15 @@ class EarlyRefusals:
         now = time.monotonic()
         if self._runtime.phase != "ready":
             return False
-        if now >= self._crowded_until and self._is_any_full(now):
+        if now >= self._crowded_until and self._is_any_full():
             self._crowded_until = now + CROWDED_SECONDS
         return now < self._crowded_until
 
-    def _is_any_full(self, now: float) -> bool:
-        models = self._runtime.serving.models.values()
+    def _is_any_full(self) -> bool:
+        batchers = [model.batcher for model in self._runtime.serving.models.values()]
         wait = patience(self._longest, may_be_cut=False)
-        return any(model.batcher.seconds_to_room(1, 1, ANY, wait, self._ahead) is not None for model in models)
+        # Where nothing waits there is room, and if not for all who come at once, the long way tells.
+        return any(one.queue_depth and one.seconds_to_room(1, 1, ANY, wait, self._ahead) is not None for one in batchers)
 
     def _is_plain(self, raw_headers: RawHeaders) -> bool:
         headers = dict(raw_headers)

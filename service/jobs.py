@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from service.errors import RefrainError
@@ -28,21 +28,21 @@ SIZES = 64
 Shortage = Literal["overload", "deadline"]
 Exit = Literal["depth", "confidence", Shortage]
 Drop = Literal["deadline", "client"]
-Kind = tuple[int, int]
-"""How many iterations are asked, and whether fewer will do: 0 no, 1 yes, 2 yes, and it has had one."""
+Kind = tuple[int, int, int]
+"""Length, how many iterations are asked, and whether fewer will do: 0 no, 1 yes, 2 yes, and it has had one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
     """What is asked of one text.
 
-    Without an exit threshold, or at 1, it takes all its iterations. One that `may_be_cut` may get fewer when the queue
-    is long or its deadline near.
+    At an exit threshold of 1 it takes all its iterations. One that `may_be_cut` may get fewer when the queue is long or
+    its deadline near.
     """
 
     ids: list[int]
     max_iterations: int
-    exit_threshold: float | None = None
+    exit_threshold: float = 1.0
     may_be_cut: bool = False
 
     @property
@@ -112,17 +112,16 @@ class Waiting:
     hidden: Any = None
     logits: FloatArray | None = None  # of the last iteration
     result: Result | None = None
-    kind: Kind = (0, 0)  # as its pool has it
+    kind: Kind = (0, 0, 0)  # as its pool has it
+    # Each is read for every text in each turn.
+    length: int = field(init=False)  # in tokens
+    turn: int = field(init=False)  # what one iteration asks of the engine, in tokens
+    admitted: int = field(init=False)  # what it might have asked when it came
 
-    @property
-    def length(self) -> int:
-        """In tokens."""
-        return len(self.text.ids)
-
-    @property
-    def turn(self) -> int:
-        """What one iteration asks of the engine, in tokens."""
-        return len(self.text.ids) + CALL_TOKENS
+    def __post_init__(self) -> None:
+        self.length = len(self.text.ids)
+        self.turn = self.length + CALL_TOKENS
+        self.admitted = self.text.work
 
     @property
     def work(self) -> int:
@@ -134,16 +133,11 @@ class Waiting:
         """What it asks until there is an answer to it, in tokens: where fewer iterations will do, one is enough."""
         return self.turn if self.text.may_be_cut and not self.iterations else self.work
 
-    @property
-    def admitted(self) -> int:
-        """What it might have asked when it came."""
-        return self.text.work
-
 
 class Pool:
-    """Texts by length and by what is asked of them, and how much they are, which any thread may ask.
+    """Texts by their kind, and how much they are, which any thread may ask.
 
-    Of one length and kind the first is the most urgent: it came first, and as the first run first, none of the others
+    Of one kind the first is the most urgent: it came first, and as the first run first, none of the others
     has fewer iterations before it. So nobody need look at more than the first ones to find the most urgent of all.
     """
 
@@ -153,7 +147,7 @@ class Pool:
         self.tokens = 0
         self.admitted = 0  # what all of them might have asked when they came
         self.until = -math.inf  # the latest deadline that came: by then it is empty
-        self._queues: dict[int, dict[Kind, dict[int, Waiting]]] = {}  # by length; none is empty
+        self._queues: dict[Kind, dict[int, Waiting]] = {}  # in order of arrival; none is empty
         self._sizes = [0] * SIZES  # what texts might have asked, by the binary digits of that
 
     def admitted_before(self, work: int) -> int:
@@ -166,14 +160,14 @@ class Pool:
         return sum(self._sizes[: largest + 1])
 
     def first(self) -> list[Waiting]:
-        """The first of each length and kind."""
-        return [next(iter(queue.values())) for queues in self._queues.values() for queue in queues.values()]
+        """The first of each kind."""
+        return [next(iter(queue.values())) for queue in self._queues.values()]
 
     def near(self, length: int, reach: int) -> Iterator[Waiting]:
         """Those that are at most so many tokens longer or shorter, the nearest in length first."""
-        for other in sorted(range(length - reach, length + reach + 1), key=lambda other: abs(other - length)):
-            for queue in self._queues.get(other, {}).values():
-                yield from queue.values()
+        distances = {kind: abs(kind[0] - length) for kind in self._queues}
+        for kind in sorted((kind for kind in distances if distances[kind] <= reach), key=distances.__getitem__):
+            yield from self._queues[kind].values()
 
     def add(self, waiting: Waiting) -> None:
         """Takes a text in."""
@@ -205,21 +199,18 @@ class Pool:
 
     def _enqueue(self, waiting: Waiting) -> None:
         waiting.kind = _kind(waiting)
-        self._queues.setdefault(waiting.length, {}).setdefault(waiting.kind, {})[waiting.number] = waiting
+        self._queues.setdefault(waiting.kind, {})[waiting.number] = waiting
 
     def _dequeue(self, waiting: Waiting) -> None:
-        queues = self._queues[waiting.length]
-        queue = queues[waiting.kind]
+        queue = self._queues[waiting.kind]
         del queue[waiting.number]
         if not queue:
-            del queues[waiting.kind]
-            if not queues:
-                del self._queues[waiting.length]
+            del self._queues[waiting.kind]
 
 
 def _kind(waiting: Waiting) -> Kind:
     fewer_will_do = 1 + (waiting.iterations > 0) if waiting.text.may_be_cut else 0
-    return waiting.text.max_iterations, fewer_will_do
+    return waiting.length, waiting.text.max_iterations, fewer_will_do
 
 
 class Pace:

@@ -18,7 +18,8 @@ def most_urgent(waited: Sequence[float], work: Sequence[float]) -> int:
 
     Of several models the tokens are those of the dearest: what a cheaper one asks is as many times less.
     """
-    return max(range(len(waited)), key=lambda place: waited[place] / (work[place] + ALIKE))
+    ratios = [seconds / (asked + ALIKE) for seconds, asked in zip(waited, work, strict=True)]
+    return ratios.index(max(ratios))
 
 
 def choose_batch(lengths: Sequence[int], leader: int, max_tokens: int, call_tokens: int) -> list[int]:

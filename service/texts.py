@@ -71,9 +71,7 @@ def _encode_whole(bundle: Bundle, text: str) -> Encoded:
 def texts_to_run(asked: Options, manifest: Manifest, encoded: Sequence[Encoded], sure: float = 0.0) -> list[Text]:
     """Say what each text asks of the batcher; none leaves early while it is less sure than `sure`."""
     depth = _depth(asked.max_iterations, manifest)
-    calibrated = manifest.calibration.exit_threshold
-    threshold = calibrated if asked.exit_threshold is None else asked.exit_threshold
-    threshold = None if threshold is None else max(threshold, sure)
+    threshold = max(asked.exit_threshold or manifest.calibration.exit_threshold or 1.0, sure)
     return [Text(text.ids, depth, threshold, asked.allow_fewer_iterations) for text in encoded]
 
 

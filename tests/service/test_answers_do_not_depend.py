@@ -39,7 +39,7 @@ def alone(engine: Engine, asked: Text) -> list[NDArray[np.float32]]:
 
 def draw(rng: random.Random, vocabulary: int, deepest: int) -> Text:
     ids = [rng.randrange(vocabulary) for _ in range(rng.randint(1, tiny.MAX_TOKENS))]
-    return Text(ids, rng.randint(1, deepest), rng.choice([None, None, 0.6, 0.99]))
+    return Text(ids, rng.randint(1, deepest), rng.choice([1.0, 1.0, 0.6, 0.99]))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])

@@ -139,7 +139,7 @@ def switching_often() -> Iterator[None]:
         sys.setswitchinterval(before)
 
 
-def text(*ids: int, iterations: int = 1, threshold: float | None = None, may_be_cut: bool = False) -> Text:
+def text(*ids: int, iterations: int = 1, threshold: float = 1.0, may_be_cut: bool = False) -> Text:
     return Text(list(ids), iterations, threshold, may_be_cut)
 
 
