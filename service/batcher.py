@@ -85,7 +85,7 @@ class Batcher:
         self._arrivals = 0
         self._stopping = self._dead = False
         self._pace = Pace() if pace is None else pace
-        self.token_seconds = self._pace.seconds(admitted=1) or 1.0  # alone, and at rest
+        self.token_seconds = self._pace.seconds(admitted=1) or 1.0  # as when it was loaded
 
     @property
     def queue_depth(self) -> int:
@@ -196,7 +196,7 @@ class Batcher:
                 for waiting in begun:
                     waiting.pool.begun(waiting)
         if leader.pool is self._foreground:
-            self._pace.saw(batch, [waiting for waiting, _ in done], ended)
+            self._pace.saw(batch, [waiting for waiting, _ in done], began, ended)
         self._finish(done)
         if any(isinstance(result, InferenceFailed) for _, result in done):
             self._check_engine()
@@ -281,7 +281,7 @@ class Batcher:
                 if reason := cut_short(backlog=backlog, brown_out=brown_out, time_left=left, turn=turn):
                     cut.append((waiting, _answer(waiting, waiting.logits, reason, now)))
         if cut:
-            self._pace.saw([], [waiting for waiting, _ in cut], now)
+            self._pace.saw([], [waiting for waiting, _ in cut], now, now)
             self._finish(cut)
 
     def _finish(self, results: Sequence[tuple[Waiting, Result]]) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -28,6 +28,7 @@ from service.errors import (
 from service.jobs import Answer, Job, Shortage
 from service.loading import Model
 from service.logs import Call
+from service.problems import release
 from service.routing import Plan
 from service.runtime import Runtime, TakeIn
 from service.scheduling import patience
@@ -113,10 +114,10 @@ async def _read(request: Request, take_in: TakeIn, settings: Settings, call: Cal
 
 
 def check_count(texts: int, settings: Settings, call: Call) -> None:
-    """Note how many texts a request brings; raises TooManyInputs."""
-    call.texts = texts
+    """Note how many texts a request brings; raises TooManyInputs, and notes no number that is anything."""
     if texts > settings.max_inputs:
         raise TooManyInputs(f"At most {settings.max_inputs} inputs in one request.", limit=settings.max_inputs)
+    call.texts = texts
 
 
 async def _follow(plan: Plan[Model], asked: ClassifyRequest, deadline: float, request: Request) -> list[Outcome]:
@@ -138,6 +139,7 @@ async def _follow(plan: Plan[Model], asked: ClassifyRequest, deadline: float, re
     except (QueueFull, DeadlineExceeded) as error:
         if not asked.allow_fewer_iterations:
             raise
+        release(error)
         reason: Shortage = "overload" if isinstance(error, QueueFull) else "deadline"
         for place in unsure:
             outcomes[place] = replace(outcomes[place], answer=replace(outcomes[place].answer, exit=reason))
@@ -163,9 +165,11 @@ async def _run(
     longest = max(len(asked.texts[place]) for place in places)
     work = likely_work(longest, asked.max_iterations, model.manifest)
     started = time.monotonic()
+    if started >= deadline:
+        raise DeadlineExceeded
     wait = patience(deadline - started, may_be_cut=asked.allow_fewer_iterations)
     model.batcher.check_room(len(places), 0, work, wait)  # before tokenizing, which would be for nothing
-    encoded = await tokenize(model, asked, places, deadline)
+    encoded = await tokenize(model, asked, places, deadline, request.state.left)
     tokenize_seconds = time.monotonic() - started
     tokens, most = sum(len(text.ids) for text in encoded), request.app.state.runtime.settings.max_queue_tokens
     if tokens > most:  # and would be however empty the queue
@@ -196,18 +200,23 @@ def _answer(asked: ClassifyRequest, outcomes: Sequence[Outcome], call: Call) -> 
 
 
 async def tokenize(
-    model: Model, asked: ClassifyRequest, places: Sequence[int], deadline: float, thread: Executor | None = None
+    model: Model,
+    asked: ClassifyRequest,
+    places: Sequence[int],
+    deadline: float,
+    left: asyncio.Future[None],
+    thread: Executor | None = None,
 ) -> list[Encoded]:
     """Turn the texts in these places into ids, cut to what the model takes; on `thread`, or in turns with others.
 
-    Raises DeadlineExceeded, InputEmpty, and InputTooLong where no cut is wanted.
+    Raises DeadlineExceeded, ClientGone once `left` is done, InputEmpty, and InputTooLong where no cut is wanted.
     """
     texts, limit = [asked.texts[place] for place in places], model.manifest.max_tokens
     if thread is None:
-        encoded = await _encode_in_turns(model.bundle, texts, deadline)
+        encoded = await _encode_in_turns(model.bundle, texts, deadline, left)
     else:
         loop = asyncio.get_running_loop()
-        encoded = await _by(deadline, loop.run_in_executor(thread, encode, model.bundle, texts))
+        encoded = await _by(deadline, left, loop.run_in_executor(thread, encode, model.bundle, texts))
     if time.monotonic() >= deadline:
         raise DeadlineExceeded
     for index, text in zip(places, encoded, strict=True):
@@ -220,7 +229,9 @@ async def tokenize(
     return encoded
 
 
-async def _encode_in_turns(bundle: Bundle, texts: Sequence[str], deadline: float) -> list[Encoded]:
+async def _encode_in_turns(
+    bundle: Bundle, texts: Sequence[str], deadline: float, left: asyncio.Future[None]
+) -> list[Encoded]:
     """Encode on the event loop, which others get now and then; only a text that takes long goes to the thread."""
     encoded: list[Encoded] = []
     characters = 0
@@ -228,21 +239,30 @@ async def _encode_in_turns(bundle: Bundle, texts: Sequence[str], deadline: float
         if characters > TURN_CHARACTERS:
             await asyncio.sleep(0)
             characters = 0
+            if left.done():
+                raise ClientGone
         characters += len(text)
         found = encode_beginning(bundle, text)
         if found is None:
             loop = asyncio.get_running_loop()
-            found = await _by(deadline, loop.run_in_executor(_TOKENIZER_THREAD, encode_further, bundle, text))
+            found = await _by(deadline, left, loop.run_in_executor(_TOKENIZER_THREAD, encode_further, bundle, text))
         encoded.append(found)
     return encoded
 
 
-async def _by(deadline: float, found: Awaitable[Found]) -> Found:
-    """Wait for something until a deadline on the monotonic clock; raises DeadlineExceeded."""
+async def _by(deadline: float, left: asyncio.Future[None], found: asyncio.Future[Found]) -> Found:
+    """Wait for what a thread finds, and have it not begin once it is too late or the client has left.
+
+    Raises DeadlineExceeded, ClientGone.
+    """
+    either: set[asyncio.Future[Any]] = {found, left}
     try:
-        return await asyncio.wait_for(found, deadline - time.monotonic())
-    except TimeoutError:
-        raise DeadlineExceeded from None
+        await asyncio.wait(either, timeout=deadline - time.monotonic(), return_when=asyncio.FIRST_COMPLETED)
+        if found.done():
+            return found.result()
+    finally:
+        found.cancel()
+    raise ClientGone if left.done() else DeadlineExceeded
 
 
 async def _wait(job: Job, deadline: float, left: asyncio.Future[None]) -> list[Answer | RefrainError]:

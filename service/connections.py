@@ -35,6 +35,7 @@ PIPELINED = 16  # requests read ahead on one connection
 RESERVE = 64  # connections above the limit, so that a probe still finds a place
 LINGER_SECONDS = 2.0  # given to a client to stop sending and read its refusal
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+LAST_WORD = (b"connection", b"close")
 ASK_SECONDS, ASK_SECONDS_MOST = 0.02, 1.0  # between two looks whether a client that said its last word is still there
 REFUSED_SECONDS, REFUSED_SECONDS_MOST = 0.05, 1.0  # for which a connection that was refused early is not read
 
@@ -113,9 +114,13 @@ class Connection(HttpToolsProtocol):
         except RefrainError as error:
             self._refuse(error)
         else:
-            waiting = self._within or self._unplaced  # for the rest of a head, or of a body that nobody reads
-            if waiting and self._until == math.inf and self._answered():
-                self._until = time.monotonic() + self._seconds
+            self._bound_rest()
+
+    def _bound_rest(self) -> None:
+        """Have a wait for the rest of a head, or of a body that nobody reads, end."""
+        waiting = (self._within or self._unplaced) and not self.transport.is_closing()
+        if waiting and self._until == math.inf and self._answered():
+            self._until = time.monotonic() + self._seconds
 
     def _parse(self, data: bytes) -> None:
         try:
@@ -227,8 +232,9 @@ class Connection(HttpToolsProtocol):
         """
         self._held = None
         self._refused += 1
-        keeps = self.parser.get_http_version() == "1.1" and self.parser.should_keep_alive()
-        self._write(QueueFull.status, [] if keeps else [(b"connection", b"close")], refusal)
+        leaving = LAST_WORD in self.server_state.default_headers
+        keeps = not leaving and self.parser.get_http_version() == "1.1" and self.parser.should_keep_alive()
+        self._write(QueueFull.status, [] if keeps or leaving else [LAST_WORD], refusal)
         self.headers = []
         if keeps:
             super().on_response_complete()
@@ -249,6 +255,7 @@ class Connection(HttpToolsProtocol):
         super().on_response_complete()
         if self.cycle.response_complete:
             self.cycle.body.clear()
+        self._bound_rest()
 
     def eof_received(self) -> bool:  # type: ignore[override]  # asyncio's contract: true keeps the transport open
         """Tell a client that closed its sending half from one that left: both look alike until something is sent.
@@ -337,6 +344,9 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
         else:
             self._deaf = True
+            if self._running is not None:
+                self.cycle = self._running  # what was asked behind it is not answered any more
+                self.pipeline.clear()
             self.flow.resume_reading()
             self.transport.write_eof()
             self._until = time.monotonic() + LINGER_SECONDS

@@ -125,7 +125,9 @@ class EarlyRefusals:
         batchers = [model.batcher for model in self._runtime.serving.models.values()]
         wait = patience(self._longest, may_be_cut=False)
         # Where nothing waits there is room, and if not for all who come at once, the long way tells.
-        return any(one.queue_depth and one.seconds_to_room(1, 1, ANY, wait, self._ahead) is not None for one in batchers)
+        return any(
+            one.queue_depth and one.seconds_to_room(1, 1, ANY, wait, self._ahead) is not None for one in batchers
+        )
 
     def _is_plain(self, raw_headers: RawHeaders) -> bool:
         headers = dict(raw_headers)

@@ -228,14 +228,15 @@ class Pace:
         """There is something to do again."""
         self._since = now
 
-    def saw(self, batch: Sequence[Waiting], done: Sequence[Waiting], now: float) -> None:
+    def saw(self, batch: Sequence[Waiting], done: Sequence[Waiting], began: float, now: float) -> None:
         """Count a turn of these texts that ends now, and counts more than those before it; and some that are done."""
         # What a text that is done has not asked for, counts as if it were done too.
         got_on = [(waiting, waiting.turn) for waiting in batch] + [(waiting, waiting.work) for waiting in done]
         before = self._seconds / self._admitted if self._admitted else math.inf  # for a token
         self._admitted = MEMORY * self._admitted + sum(tokens for _, tokens in got_on)
         self._texts = MEMORY * self._texts + sum(tokens / waiting.admitted for waiting, tokens in got_on)
-        seconds = MEMORY * self._seconds + now - self._since
+        # Where all that waited left within the turn, and another came, `_since` is later than its beginning.
+        seconds = MEMORY * self._seconds + now - min(self._since, began)
         # A turn doubles it at the most: of seconds in which the process stood still, no pace follows.
         self._seconds = min(seconds, 2 * before * self._admitted)
         self._since = now

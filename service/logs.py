@@ -72,7 +72,7 @@ def configure_logs(level: str) -> None:
 def _to_json(line: object, **options: Any) -> str:
     """Write one line in half the time that json takes, or by json what is not ASCII, such as what a terminal obeys."""
     try:
-        return to_json(line, fallback=repr).decode("ascii")
+        return to_json(line, fallback=repr).decode("ascii").replace("\x7f", r"\u007f")
     except ValueError:
         return json.dumps(line, **options)
 

@@ -36,7 +36,16 @@ def problem_response(error: RefrainError, call: Call) -> Response:
     headers = {**error.headers, **({"connection": "close"} if error.closes else {})}
     if error.retry_after is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))  # whole seconds are all the header can say
+    release(error)
     return Response(json.dumps(document), error.status, headers, MEDIA_TYPE)
+
+
+def release(error: Exception) -> None:
+    """Let go of the frames that an error has passed.
+
+    Those that hold it too, and a whole request with it, would be a circle that waits for the collector.
+    """
+    error.__traceback__ = error.__context__ = error.__cause__ = None
 
 
 async def on_refrain_error(request: Request, error: Exception) -> Response:

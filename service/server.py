@@ -14,7 +14,7 @@ import structlog
 import uvicorn
 from fastapi import FastAPI
 
-from service.connections import RESERVE, Connection, check_all
+from service.connections import LAST_WORD, RESERVE, Connection, check_all
 from service.early_refusals import EarlyRefusals
 from service.runtime import Runtime
 
@@ -23,7 +23,6 @@ CHECK_TICKS = 3  # tenths of a second between two looks for clients that take to
 TELL_TICKS = 10  # tenths of a second between two lines of log that sum up early refusals
 GIVE_UP_TICKS = 10  # tenths of a second that the engines may be found dead or stuck: long enough for a probe to see it
 SPARE_FILES = 128  # open files that are no connections: models, logs, the collector of the metrics
-LAST_WORD = [(b"connection", b"close")]
 LAST_SECONDS = 1  # after the drain, for what is still running then: it was given up
 
 
@@ -73,7 +72,9 @@ class Server(uvicorn.Server):
         if counter % TELL_TICKS == 0:
             self._refusals.tell()
         # Kept-alive connections end with their next answer, so that none brings a request once the drain has begun.
-        self.config.encoded_headers = LAST_WORD if self._runtime.leaving else []  # uvicorn takes it up within a second
+        self.config.encoded_headers = (
+            [LAST_WORD] if self._runtime.leaving else []
+        )  # uvicorn takes it up within a second
         return await super().on_tick(counter)
 
     def _look_after_the_engines(self) -> None:

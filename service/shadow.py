@@ -80,7 +80,8 @@ class Shadows:
 
 async def _run(model: Model, asked: ClassifyRequest, deadline: float) -> list[Answer | RefrainError]:
     asked = asked.model_copy(update={"allow_fewer_iterations": False})  # nobody waits, and only whole depth compares
-    encoded = await tokenize(model, asked, range(len(asked.texts)), deadline, _THREAD)
+    nobody_leaves: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    encoded = await tokenize(model, asked, range(len(asked.texts)), deadline, nobody_leaves, _THREAD)
     job = model.batcher.submit(texts_to_run(asked, model.manifest, encoded), deadline, background=True)
     try:
         return await asyncio.wrap_future(job.future)

@@ -55,8 +55,8 @@ class Live:
         return connection
 
 
-def classify_bytes(text: str) -> bytes:
-    body = json.dumps({"inputs": text}).encode()
+def classify_bytes(text: str, **asked: Any) -> bytes:
+    body = json.dumps({"inputs": text, **asked}).encode()
     return b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
 
 

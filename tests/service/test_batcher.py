@@ -804,3 +804,19 @@ def test_a_model_can_go_while_others_stay() -> None:
         with pytest.raises(Draining):
             other.submit([text(5)], time.monotonic() + SECONDS)
         answers(setup.submit(text(1)))
+
+
+def test_who_comes_within_the_turn_of_one_that_left_makes_it_look_no_shorter() -> None:
+    asked = text(*range(1, 21))
+    with running(pace=Pace(0.05, asked.work, 1)) as setup:
+        for _ in range(10):
+            setup.engine.gate.clear()
+            setup.engine.entered.clear()
+            left = setup.submit(asked)
+            assert setup.engine.entered.wait(SECONDS)
+            time.sleep(0.05)
+            left.abandon("client")
+            stays = setup.submit(asked)
+            setup.engine.gate.set()
+            answers(stays)
+        assert setup.batcher._pace.seconds(texts=1) > 0.015  # every other turn takes next to no time

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import socket
 import struct
 import time
@@ -20,7 +21,7 @@ from structlog.testing import capture_logs
 from service.connections import PIPELINED
 from service.jobs import Pace
 from tests.service.fakes import fake_bundle, wait_until
-from tests.service.live import Live, classify_bytes, live, replies, reply
+from tests.service.live import Live, classify_bytes, is_closed, live, replies, reply
 
 POST = b"POST /classify HTTP/1.1\r\nHost: x\r\n"
 
@@ -199,6 +200,21 @@ def test_a_client_that_waits_to_be_told_to_send_is_told() -> None:
         assert connection.recv(100).startswith(b"HTTP/1.1 100 ")
         connection.sendall(b'{"inputs": "a"}')
         assert reply(connection).status == 429
+
+
+def test_a_refusal_that_says_it_is_the_last_answer_is() -> None:
+    with full(drain_delay_seconds=600) as served:
+        served.server.handle_exit(signal.SIGTERM, None)
+        wait_until(lambda: refused_for_good(served))
+
+
+def refused_for_good(served: Live) -> bool:
+    with served.send(asking()) as connection:
+        answer = reply(connection)
+        assert answer.status == 429
+        if (said := answer.headers.get_all("connection")) is not None:
+            assert said == ["close"] and is_closed(connection)
+        return said is not None
 
 
 def test_a_refused_connection_may_idle() -> None:

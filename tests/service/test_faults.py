@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
+from structlog.testing import capture_logs
 
 from service import connections
 from service.connections import HEAD_BYTES, HEADERS, PIPELINED, RESERVE
@@ -281,6 +282,31 @@ def test_408_for_a_byte_now_and_then(sent: bytes, settings: dict[str, Any], code
                 connection.sendall(bytes([byte]))
         connection.settimeout(10)
         assert told(connection) == (408, code)
+        assert_well(served)
+
+
+def test_half_a_head_behind_a_request_has_its_time_too() -> None:
+    with live(client_seconds=0.3) as served, served.send(GET + b"\r\n" + GET) as connection:
+        assert [each.status for each in replies(connection)] == [200]
+        with served.send(b"") as busy:
+            served.fake.recurrent.gate.clear()
+            busy.sendall(classify_bytes("a text"))
+            assert served.fake.recurrent.entered.wait(timeout=10)
+            busy.sendall(GET)
+            time.sleep(0.1)
+            served.fake.recurrent.gate.set()
+            assert [each.status for each in replies(busy)] == [200, 408]
+
+
+def test_what_is_asked_behind_a_last_answer_is_not_run() -> None:
+    refused = classify_bytes("a").replace(b"Host: x", b"Host: x\r\nContent-Encoding: gzip")
+    with live() as served, capture_logs() as lines:
+        with served.send(refused + classify_bytes("b") + b"garbage\r\n\r\n") as connection:
+            assert [each.status for each in replies(connection)] == [415]
+            connection.shutdown(socket.SHUT_WR)
+            wait_until(lambda: not served.connections)
+        assert served.fake.recurrent.steps == 0
+        assert [line["code"] for line in lines if line["event"] == "request"] == [400, 415]
         assert_well(served)
 
 

@@ -280,10 +280,12 @@ def test_every_log_line_is_json_on_stdout() -> None:
 def test_a_log_line_is_ascii_whatever_a_path_holds() -> None:
     program = (
         "import structlog; from service.logs import *; configure_logs('info');"
-        "write_call(Call('i', 'GET', '/\\x9b2J\\u2028\\n', 0.0)); write_call(Call('j', 'GET', '/\\ud800', 0.0));"
+        "write_call(Call('i', 'GET', '/\\x9b2J\\u2028\\n', 0.0)); write_call(Call('h', 'GET', '/\\x7f', 0.0));"
+        "write_call(Call('j', 'GET', '/\\ud800', 0.0));"
         "structlog.get_logger().info('raw', header=b'\\xff\\x9b')"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, cwd=ROOT, timeout=60)
-    control, surrogate, raw = map(json.loads, done.stdout.decode("ascii").splitlines())
+    control, delete, surrogate, raw = map(json.loads, done.stdout.decode("ascii").splitlines())
     assert (control["path"], surrogate["path"]) == ("/\x9b2J\u2028\n", "/\ud800")
+    assert delete["path"] == "/\x7f" and b"\x7f" not in done.stdout
     assert raw["header"] == r"b'\xff\x9b'" and done.stderr == b""

@@ -8,22 +8,28 @@ import signal
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from http.client import HTTPConnection
+from itertools import islice
 
 import pytest
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
+from service.bundle import Bundle
+from service.classify import TURN_CHARACTERS
 from service.connections import PIPELINED, Connection
 from service.errors import StartError
 from service.jobs import Pace
+from service.schemas import ClassifyRequest
 from service.server import Server
 from service.sockets import listen, reserve
+from service.texts import Encoded, encode_further
 from tests.service.fakes import fake_app, fake_bundle, wait_until
-from tests.service.live import Live, classify_bytes, live, reply
+from tests.service.live import Live, classify_bytes, live, replies, reply
 
 LEAVERS = 1000
 
@@ -46,6 +52,31 @@ def test_a_request_leaves_nothing_to_the_garbage_collector() -> None:
         finally:
             gc.enable()
     assert left <= 2
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (classify_bytes("poison"), 500),
+        (classify_bytes("late", deadline_ms=0.001), 504),
+        (b"GET /healthz HTTP/1.1\r\n\r\n", 400),  # no Host
+        (b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" * (PIPELINED + 2), 200),  # the last that is answered
+    ],
+)
+def test_nor_does_one_that_is_refused(sent: bytes, status: int) -> None:
+    with live() as served:
+        served.fake.recurrent.fail_for("poison")
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(20):
+                with served.send(sent) as connection:
+                    assert [each.status for each in islice(replies(connection), sent.count(b"HTTP"))][-1] == status
+            wait_until(lambda: not served.connections)
+            kinds = (Connection, RequestResponseCycle, ClassifyRequest)
+            wait_until(lambda: sum(isinstance(found, kinds) for found in gc.get_objects()) <= 6)
+        finally:
+            gc.enable()
 
 
 def ends_after_an_answer(served: Live) -> None:
@@ -134,6 +165,45 @@ def test_nothing_runs_for_a_client_that_left_after_much(words: int) -> None:
         leaver.close()
         wait_until(lambda: served.count("refrain_queue_depth", **model) == 1)
         assert served.count("refrain_dropped_texts_total", reason="client", **model) == 1
+        served.fake.recurrent.gate.set()
+        assert occupied.result(timeout=10)[0] == 200
+
+
+def test_no_text_is_tokenized_for_a_client_that_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, entered = threading.Event(), threading.Semaphore(0)
+
+    def further(bundle: Bundle, text: str) -> Encoded:
+        entered.release()
+        assert gate.wait(timeout=30)
+        return encode_further(bundle, text)
+
+    monkeypatch.setattr("service.classify.encode_further", further)
+    long = "b" * TURN_CHARACTERS  # one word, for the tokenizer's thread
+    with live() as served, ThreadPoolExecutor() as pool:
+        occupied = pool.submit(served.ask, "POST", "/classify", {"inputs": long})
+        assert entered.acquire(timeout=10)
+        leavers = [served.send(classify_bytes(long)) for _ in range(20)]
+        in_flight = served.fake.app.state.runtime._in_flight
+        wait_until(lambda: in_flight.total() == 21)
+        for leaver in leavers:
+            leaver.close()
+        wait_until(lambda: in_flight.total() == 1)
+        gate.set()
+        assert occupied.result(timeout=10)[0] == 200
+        assert not entered.acquire(timeout=0.1)
+        assert served.count("refrain_rejected_total", reason="client_gone") == 20
+
+
+def test_a_deadline_that_is_over_before_the_text_has_come_is_one_whatever_waits() -> None:
+    with live() as served, ThreadPoolExecutor() as pool:
+        served.fake.recurrent.gate.clear()
+        occupied = pool.submit(served.ask, "POST", "/classify", {"inputs": "occupied"})
+        assert served.fake.recurrent.entered.wait(timeout=10)
+        sent = classify_bytes("slow", deadline_ms=50)
+        with served.send(sent[:-3]) as connection:
+            time.sleep(0.1)
+            connection.sendall(sent[-3:])
+            assert reply(connection).status == 504
         served.fake.recurrent.gate.set()
         assert occupied.result(timeout=10)[0] == 200
 

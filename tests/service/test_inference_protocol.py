@@ -221,9 +221,12 @@ def test_422_names_the_field(client: TestClient, members: dict[str, Any], field:
     ids=str,
 )
 def test_422_when_the_data_does_not_fit(client: TestClient, wrong: dict[str, Any]) -> None:
-    answer = infer(client, ["a"], inputs=[tensor(["a"], **wrong)])
+    with capture_logs() as lines:
+        answer = infer(client, ["a"], inputs=[tensor(["a"], **wrong)])
     if wrong == {"shape": [10**30]}:
-        refused(answer, 413, "too_many_inputs")
+        problem = refused(answer, 413, "too_many_inputs")
+        (line,) = (line for line in lines if line.get("id") == problem["id"])
+        assert "texts" not in line
     else:
         refused(answer, 422, "invalid_tensor")
 

@@ -51,11 +51,12 @@ class Simulation:
         places = choose_batch([text.length for text in texts], leader, BATCH_TOKENS, CALL_TOKENS)
         batch = [texts[place] for place in places]
         padded = len(batch) * max(text.length for text in batch)
+        began = self.now
         self.now += (padded + CALL_TOKENS) * TOKEN_SECONDS + stalled
         for text in batch:
             text.iterations += 1
         done = [text for text in batch if text.iterations == text.text.max_iterations]
-        self.pace.saw(batch, done, self.now)
+        self.pace.saw(batch, done, began, self.now)
         for text in done:
             self.pool.remove(text)
 
@@ -122,7 +123,7 @@ def test_a_first_measurement_that_was_wrong_is_forgotten() -> None:
 
 def turn_of(pace: Pace, tokens: int, now: float) -> None:
     text = Waiting(0, Text([0] * tokens, 1), NOBODY, NOBODY, NOBODY, 0.0, 1e9, iterations=1)
-    pace.saw([text], [text], now)
+    pace.saw([text], [text], now, now)
 
 
 @given(
