@@ -114,7 +114,7 @@ async def _read(request: Request, take_in: TakeIn, settings: Settings, call: Cal
 
 
 def check_count(texts: int, settings: Settings, call: Call) -> None:
-    """Note how many texts a request brings; raises TooManyInputs, and notes no number that is anything."""
+    """Note how many texts a request brings; raises TooManyInputs, and does not note what may be any number then."""
     if texts > settings.max_inputs:
         raise TooManyInputs(f"At most {settings.max_inputs} inputs in one request.", limit=settings.max_inputs)
     call.texts = texts

@@ -147,7 +147,7 @@ class Pool:
         self.tokens = 0
         self.admitted = 0  # what all of them might have asked when they came
         self.until = -math.inf  # the latest deadline that came: by then it is empty
-        self._queues: dict[Kind, dict[int, Waiting]] = {}  # in order of arrival; none is empty
+        self._queues: dict[Kind, dict[int, Waiting]] = {}  # none is empty
         self._sizes = [0] * SIZES  # what texts might have asked, by the binary digits of that
 
     def admitted_before(self, work: int) -> int:

@@ -43,7 +43,7 @@ def problem_response(error: RefrainError, call: Call) -> Response:
 def release(error: Exception) -> None:
     """Let go of the frames that an error has passed.
 
-    Those that hold it too, and a whole request with it, would be a circle that waits for the collector.
+    Some of them hold the error, and a whole request: a circle that would wait for the collector.
     """
     error.__traceback__ = error.__context__ = error.__cause__ = None
 
