@@ -232,7 +232,7 @@ def _equal_lengths(ids: Sequence[Sequence[int]]) -> Iterator[list[int]]:
     lengths = [len(row) for row in ids]
     for length in sorted(set(lengths)):
         same = [index for index, one in enumerate(lengths) if one == length]
-        yield from ([same[place] for place in batch] for batch in sorted_batches([length] * len(same), 32))
+        yield from ([same[place] for place in batch] for batch in sorted_batches([length] * len(same), 32 * length))
 
 
 def _write_portable(

@@ -24,7 +24,7 @@ FloatArray = NDArray[np.float32]
 
 FP32_TOLERANCE = 1e-4
 LARGEST_BATCH = 33
-BATCH_SIZE = 32
+BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def _in_batches(
     run: Callable[[Sequence[Sequence[int]]], FloatArray], ids: Sequence[Sequence[int]], threads: int | None = None
 ) -> FloatArray:
     """What `run` makes of batches of like length, (R, B, C) each, joined in the texts' order."""
-    batches = sorted_batches([len(row) for row in ids], BATCH_SIZE)
+    batches = sorted_batches([len(row) for row in ids], BATCH_TOKENS)
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:  # a session runs in as many threads as call it
         running = pool.map(lambda batch: run([ids[index] for index in batch]), batches)
         parts = list(tqdm(running, total=len(batches), desc="answers", unit="batch", leave=False, delay=2))

@@ -16,7 +16,8 @@ from service.app import create_app
 from service.settings import Settings
 from tests.service.fakes import wait_until
 from training.experiments.gather import Result
-from training.experiments.report import groups, spread
+from training.experiments.report import groups
+from training.tables import spread
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""`python -m training`: pretrain, train, linear, states, evaluate, record, and repeat the published experiments."""
+"""`python -m training`: pretrain, train, linear, states, average, evaluate, seeds, record, experiments."""
 
 import argparse
 import json
@@ -56,6 +56,18 @@ class RecordConfig:
     """Without the suffix: .md and .json are written."""
 
 
+@dataclass(frozen=True)
+class SeedsConfig:
+    """Collects what `evaluate --split all` found of trainings that differ in their seed: mean and spread, as a table
+    and as JSON.
+    """
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """The run directories, of one architecture or both."""
+    output: Path = Path("docs/results/seeds")
+    """Without the suffix: .md and .json are written."""
+
+
 TRAININGS: Mapping[str, type[RunConfig]] = {"pretrain": PretrainConfig, "train": TrainConfig}
 RESUMED = frozenset({*TRAININGS, "states", "experiments"})
 
@@ -70,6 +82,7 @@ def main(arguments: list[str]) -> int:
             | Annotated[StatesConfig, tyro.conf.subcommand("states")]
             | Annotated[AverageConfig, tyro.conf.subcommand("average")]
             | Annotated[EvaluateConfig, tyro.conf.subcommand("evaluate")]
+            | Annotated[SeedsConfig, tyro.conf.subcommand("seeds")]
             | Annotated[RecordConfig, tyro.conf.subcommand("record")]
             | Annotated[ExperimentsConfig, tyro.conf.subcommand("experiments")],
             prog="python -m training",
@@ -95,6 +108,7 @@ def _run(
     | StatesConfig
     | AverageConfig
     | EvaluateConfig
+    | SeedsConfig
     | RecordConfig
     | ExperimentsConfig,
 ) -> None:
@@ -130,6 +144,10 @@ def _run(
             )
         case EvaluateConfig():
             _evaluate(command)
+        case SeedsConfig():
+            from training.seeds import compare  # as above
+
+            print(compare(command.runs, command.output))
         case RecordConfig():
             from training.record import record  # as above
 
@@ -143,9 +161,9 @@ def _run(
 
 def _evaluate(config: EvaluateConfig) -> None:
     from training.evaluate import evaluate, evaluate_all, table  # as above
-    from training.run import make_room, write_json
+    from training.run import EVALUATION, make_room, write_json
 
-    output = config.output or config.run / "evaluation.json"
+    output = config.output or config.run / EVALUATION
     if config.output:
         make_room(output)
     if config.split == "all":

@@ -28,20 +28,37 @@ def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int
     return batches
 
 
-def sorted_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Every index once, shortest first: for evaluation, where the order does not matter."""
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+def sorted_batches(lengths: Sequence[int], most_tokens: int) -> list[list[int]]:
+    """Every index once, shortest first, as many in a batch as are so many tokens with their padding, and one at least.
+
+    For evaluation, where the order does not matter.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batches and (len(batches[-1]) + 1) * lengths[index] <= most_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
 
 
-def pad(ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
-    """ids_BL (int64) and mask_BL (True at tokens), padded right to the longest; no mask where nothing is padded.
+def pad(ids: Sequence[Sequence[int]], length: int | None = None) -> tuple[Tensor, Tensor | None]:
+    """ids_BL (int64) and mask_BL (True at tokens), padded right to the longest or to `length`.
 
-    Without a mask the attention may take its fastest kernel.
+    No mask where nothing is padded: without one the attention may take its fastest kernel.
     """
     lengths = [len(row) for row in ids]
-    longest = max(lengths)
-    ids_BL = torch.tensor([[*row, *[PAD_ID] * (longest - len(row))] for row in ids])
-    if min(lengths) == longest:
+    length = length or max(lengths)
+    ids_BL = torch.tensor([[*row, *[PAD_ID] * (length - len(row))] for row in ids])
+    if min(lengths) == length:
         return ids_BL, None
-    return ids_BL, torch.arange(longest) < torch.tensor(lengths)[:, None]
+    return ids_BL, torch.arange(length) < torch.tensor(lengths)[:, None]
+
+
+def round_up(length: int, most: int) -> int:
+    """The next of the lengths that trainings use: multiples of 8 up to 128, of 16 up to 256 and so on, or `most`.
+
+    A CPU's allocator finds room again for tensors of sizes that come again, and little among those of ever new ones.
+    """
+    multiple = 1 << max(3, (length - 1).bit_length() - 4)
+    return min(-(-length // multiple) * multiple, most)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from training import run as runs
 from training.architectures.encoder import Encoder
 from training.architectures.leaves import RMSNorm
-from training.batches import pad
+from training.batches import pad, round_up
 from training.config import TrainConfig
 from training.data import Dataset
 from training.evaluate import predict
@@ -72,7 +72,8 @@ class Classification(Objective[Encoder]):
 
     def inputs(self, batch: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Ids, some of them masked, and the mask of tokens."""
-        ids_BL, mask_BL = pad([self.ids[index] for index in batch])
+        ids = [self.ids[index] for index in batch]
+        ids_BL, mask_BL = pad(ids, round_up(max(map(len, ids)), self.config.max_tokens))
         ids_BL = drop_tokens(ids_BL, self.config.token_dropout).to(device)
         return ids_BL, None if mask_BL is None else mask_BL.to(device)
 

@@ -17,7 +17,6 @@ from training.architectures.leaves import RMSNorm
 from training.batches import pad
 from training.config import PretrainConfig
 from training.data import Dataset, draw_share, unlabelled
-from training.evaluate import BATCH_SIZE
 from training.loop import alone, denormals_as_zero, make_accelerator, run_loop
 from training.objectives import Objective
 from training.prepare import prepare_run
@@ -26,6 +25,9 @@ from training.tokenizer import MASK_ID, SPECIAL_TOKENS, encode_whole
 
 MASKED, REPLACED = 0.8, 0.1
 """Of the tokens to be guessed; the rest stay as they are."""
+
+
+ROWS_AT_ONCE = 64  # while validating
 
 
 @denormals_as_zero()
@@ -90,8 +92,8 @@ class MaskedLanguage(Objective[MaskedLanguageModel]):
         torch.manual_seed(self.config.seed)
         model.eval()
         losses_RN, right_RN = [], []
-        for start in range(0, len(self.held_out), BATCH_SIZE):
-            logits_RNV, words_N = self._guess(model, self.held_out[start : start + BATCH_SIZE], None)
+        for start in range(0, len(self.held_out), ROWS_AT_ONCE):
+            logits_RNV, words_N = self._guess(model, self.held_out[start : start + ROWS_AT_ONCE], None)
             losses_RN.append(torch.stack([F.cross_entropy(one, words_N, reduction="none") for one in logits_RNV]))
             right_RN.append((logits_RNV.argmax(-1) == words_N).float())
         model.train()

@@ -8,6 +8,7 @@ from typing import Any
 
 from training import run as runs
 from training.errors import TrainingError
+from training.tables import grid
 
 
 def record(directories: Sequence[Path], output: Path) -> str:
@@ -61,13 +62,14 @@ def _stage(info: runs.RunInfo) -> str:
 def _table(rows: Sequence[dict[str, Any]]) -> str:
     head = ("stage", "data", "architecture", "machine", "precision", "steps", "tokens/s (lowest to highest)", "hours",
             "peak memory, MB", "peak GPU memory, MB")  # fmt: skip
-    lines = [head, tuple("---" for _ in head)]
+    lines: list[Sequence[str]] = [head]
     for row in rows:
         speed = row["tokens_per_second"]
-        lines.append((
+        lines.append([
             row["stage"], row["dataset"], row["architecture"], row["machine"] or "-", row["precision"] or "-",
-            row["steps"] or "-", f"{speed['median']:,} ({speed['lowest']:,} to {speed['highest']:,})" if speed else "-",
+            str(row["steps"] or "-"),
+            f"{speed['median']:,} ({speed['lowest']:,} to {speed['highest']:,})" if speed else "-",
             "-" if row["hours"] is None else f"{row['hours']:.2f}",
-            row["peak_memory_mb"] or "-", row["peak_cuda_mb"] or "-",
-        ))  # fmt: skip
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+            str(row["peak_memory_mb"] or "-"), str(row["peak_cuda_mb"] or "-"),
+        ])  # fmt: skip
+    return grid(lines)

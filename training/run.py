@@ -32,8 +32,8 @@ from training.config import FEWEST_TOKENS
 from training.errors import TrainingError
 from training.shapes import EncoderConfig
 
-WEIGHTS, LAST, CONFIG, TOKENIZER, METRICS, LOCK = (
-    "model.safetensors", "last.pt", "config.json", "tokenizer.json", "metrics.jsonl", "lock",
+WEIGHTS, LAST, CONFIG, TOKENIZER, METRICS, EVALUATION, LOCK = (
+    "model.safetensors", "last.pt", "config.json", "tokenizer.json", "metrics.jsonl", "evaluation.json", "lock",
 )  # fmt: skip
 LINEAR = "linear"
 """The architecture of a run that is no network: it has no tokenizer, and nothing to begin from or to export."""

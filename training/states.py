@@ -8,7 +8,7 @@ arXiv 1909.10351.
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from training import run as runs
+from training.batches import sorted_batches
 from training.config import StatesConfig
 from training.data import Dataset, draw_share, load_dataset, passages
 from training.errors import TrainingError
@@ -239,9 +240,9 @@ class LanguageModel:
         ]
         words_N = [len(WORD.findall(text)) for text in texts]
         found = [torch.full((words, self.width), torch.nan, dtype=torch.bfloat16) for words in words_N]
-        order = [index for index in sorted(range(len(ids)), key=lambda index: len(ids[index])) if ids[index]]
-        for batch in tqdm(list(_batches(ids, order)), desc="states", unit="batch", leave=False, delay=5):
-            longest = max(len(ids[index]) for index in batch)
+        batches = [batch for batch in sorted_batches([*map(len, ids)], TOKENS_AT_ONCE) if ids[batch[-1]]]
+        for batch in tqdm(batches, desc="states", unit="batch", leave=False, delay=5):
+            longest = len(ids[batch[-1]])
             # Padded on the right, a causal model needs no mask: nothing looks there.
             ids_BL = torch.tensor([[*ids[index], *[0] * (longest - len(ids[index]))] for index in batch])
             h_BLD = self.model(input_ids=ids_BL.to(self.device), use_cache=False).last_hidden_state.cpu()
@@ -249,18 +250,6 @@ class LanguageModel:
                 known = {word: token for word, token in ends[index].items() if token > 0}
                 found[index][list(known)] = h_LD[list(known.values())]
         return torch.cat(found), words_N, sum(map(len, ids))
-
-
-def _batches(ids: Sequence[Sequence[int]], order: Sequence[int]) -> Iterator[list[int]]:
-    """As many texts at once, shortest first, as are a given number of tokens with their padding."""
-    batch: list[int] = []
-    for index in order:
-        if batch and (len(batch) + 1) * len(ids[index]) > TOKENS_AT_ONCE:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
 
 
 def _key(text: str) -> int:

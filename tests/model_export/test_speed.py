@@ -53,7 +53,7 @@ def test_one_thread_is_timed(models_dir: Path, data_dir: Path, tmp_path: Path, m
         busy.release()
         return step(*given)
 
-    monkeypatch.setattr("model_export.parity.BATCH_SIZE", 2)
+    monkeypatch.setattr("model_export.parity.BATCH_TOKENS", 1)
     monkeypatch.setattr(Engine, "step", watched)
     texts = data_dir / tiny.DATASET / "validation.jsonl"
     speed([models_dir / f"{tiny.DATASET}-baseline"], texts, most=20, rounds=1)

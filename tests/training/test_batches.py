@@ -1,12 +1,13 @@
 """The batches: every text once, an order that seed and epoch decide, little padding."""
 
 import random
+from itertools import pairwise
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.batches import epoch_batches, pad, sorted_batches
+from training.batches import epoch_batches, pad, round_up, sorted_batches
 from training.tokenizer import PAD_ID
 
 lengths_of_texts = st.lists(st.integers(1, 256), max_size=300)
@@ -22,11 +23,33 @@ def test_an_epoch_has_every_text_once_and_follows_from_its_seed(
     assert batches == epoch_batches(lengths, batch_size, seed, epoch)
 
 
-@given(lengths=lengths_of_texts, batch_size=st.integers(1, 40))
-def test_evaluation_has_every_text_once_from_short_to_long(lengths: list[int], batch_size: int) -> None:
-    order = [index for batch in sorted_batches(lengths, batch_size) for index in batch]
+@given(lengths=lengths_of_texts, most_tokens=st.integers(1, 500))
+def test_evaluation_has_every_text_once_from_short_to_long_in_full_batches(
+    lengths: list[int], most_tokens: int
+) -> None:
+    batches = sorted_batches(lengths, most_tokens)
+    order = [index for batch in batches for index in batch]
     assert sorted(order) == list(range(len(lengths)))
     assert [lengths[index] for index in order] == sorted(lengths)
+    assert all(len(batch) == 1 or len(batch) * lengths[batch[-1]] <= most_tokens for batch in batches)
+    assert all((len(batch) + 1) * lengths[after[0]] > most_tokens for batch, after in pairwise(batches))
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000))
+def test_trainings_use_few_lengths_little_above_what_is_needed(length: int, most: int) -> None:
+    length = min(length, most)
+    rounded = round_up(length, most)
+    assert length <= rounded <= min(most, length + max(7, length / 8))
+    assert round_up(rounded, most) == rounded
+    assert len({round_up(one, 1024) for one in range(1, 1025)}) == 40
+
+
+@given(st.lists(st.integers(1, 4095), min_size=1, max_size=20), st.integers(0, 20))
+def test_padding_to_a_length_marks_what_is_no_token(text: list[int], more: int) -> None:
+    ids_BL, mask_BL = pad([text], len(text) + more)
+    assert ids_BL.tolist() == [[*text, *[PAD_ID] * more]]
+    assert (mask_BL is None) == (more == 0)
+    assert mask_BL is None or mask_BL.tolist() == [[True] * len(text) + [False] * more]
 
 
 def test_epochs_and_seeds_differ_in_order() -> None:

@@ -18,9 +18,10 @@ from training.experiments.cells import EXPERIMENTS
 from training.experiments.children import Children
 from training.experiments.gather import Result
 from training.experiments.options import ExperimentsConfig
-from training.experiments.report import as_markdown, grid, spread, write_report
+from training.experiments.report import as_markdown, write_report
 from training.experiments.run import train_config
 from training.experiments.selections import SELECTIONS, write_selection
+from training.tables import grid, spread
 
 WORDS = {
     "imdb": ("actor", "plot", "scene"),

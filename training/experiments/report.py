@@ -6,7 +6,6 @@ import platform
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from training.experiments.cells import Experiment
 from training.experiments.figure import draw
 from training.experiments.gather import FIGURES, Result, Size
 from training.experiments.options import ExperimentsConfig
+from training.tables import grid, spread
 
 Group = tuple[str, str, str]
 """Row, test and model: what several seeds repeat."""
@@ -179,14 +179,6 @@ def _sizes_table(sizes: Sequence[Size]) -> str:
     return grid([["", "model", "as", "parameters", "MB", "ms per text"], *lines])
 
 
-def spread(values: Sequence[float], form: str = ".4f") -> str:
-    """Mean and standard deviation; of one value, itself; `-` where there is none."""
-    if not values:
-        return "-"
-    middle = round(mean(values), 9) + 0.0  # no "-0.00"
-    return format(middle, form) + (f" ± {format(stdev(values), form.lstrip('+'))}" if len(values) > 1 else "")
-
-
 def _spread_note(seeds: Sequence[int]) -> str:
     named, means = ", ".join(map(str, seeds)), "Precision, recall and F1 are means over the labels."
     if len(seeds) == 1:
@@ -231,10 +223,3 @@ def machine() -> dict[str, Any]:
 
 def _machine_words() -> list[str]:
     return [f"{name} {value}" for name, value in machine().items() if value]
-
-
-def grid(lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, the first line its head."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    ruled = [lines[0], ["-" * width for width in widths], *lines[1:]]
-    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in ruled)
