@@ -24,6 +24,7 @@ from service.errors import (
     TooManyConnections,
 )
 from service.front import OPEN_PATHS
+from service.handover import Handover
 from service.logs import Call, write_call
 from service.problems import problem_response
 from service.runtime import Runtime
@@ -71,8 +72,18 @@ class Connection(HttpToolsProtocol):
     take its answer for `client_seconds`. No timer runs for these: `check_all` looks at all connections now and then.
     """
 
-    def __init__(self, *args: Any, runtime: Runtime, refusals: EarlyRefusals, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        runtime: Runtime,
+        refusals: EarlyRefusals,
+        handover: Handover | None = None,
+        taken: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """`taken`: from another process, and not to be handed on."""
         super().__init__(*args, **kwargs)
+        self._handover, self._taken = handover, taken
         self.headers = []
         self._refusals = refusals
         self._running: RequestResponseCycle | None = None  # the request whose turn it is; `cycle` came last
@@ -90,8 +101,15 @@ class Connection(HttpToolsProtocol):
         self._taken_until = math.inf  # when it is, unless what was written has been taken before
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
-        """Count the connection in, and begin to wait for its first request."""
+        """Count the connection in, and begin to wait for its first request; or hand it over."""
         super().connection_made(transport)
+        if self._handover is not None:
+            if not self._taken and self._handover.hand_over(_file(transport), len(self.connections)):
+                self.connections.discard(self)
+                transport.abort()
+            self._handover.say(len(self.connections))
+        if transport.is_closing():
+            return
         self._until = time.monotonic() + self._seconds
         above = len(self.connections) - self._most
         self._over = above > 0
@@ -280,6 +298,8 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell also the request whose turn it is that its client left, and not only the one that came last."""
         super().connection_lost(exc)
+        if self._handover is not None:
+            self._handover.say(len(self.connections))
         self._unset_keepalive_if_required()  # uvicorn leaves the timer where the client reset the connection
         if self._running is not None and not self._running.response_complete:
             _tell_left(self._running)
@@ -350,6 +370,11 @@ class Connection(HttpToolsProtocol):
             self.flow.resume_reading()
             self.transport.write_eof()
             self._until = time.monotonic() + LINGER_SECONDS
+
+
+def _file(transport: asyncio.Transport) -> int:
+    number: int = transport.get_extra_info("socket").fileno()
+    return number
 
 
 def _tell_left(cycle: RequestResponseCycle) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from types import FrameType
 from typing import cast
@@ -16,6 +18,7 @@ from fastapi import FastAPI
 
 from service.connections import LAST_WORD, RESERVE, Connection, check_all
 from service.early_refusals import EarlyRefusals
+from service.handover import Handover
 from service.runtime import Runtime
 
 KEEP_ALIVE_SECONDS = 75  # longer than common proxies keep theirs, so that the proxy closes first
@@ -32,15 +35,23 @@ class Server(uvicorn.Server):
     `report` is told the phase, ten times a second as long as the event loop runs.
     """
 
-    def __init__(self, app: FastAPI, report: Callable[[str], None] = lambda phase: None) -> None:
+    def __init__(
+        self,
+        app: FastAPI,
+        report: Callable[[str], None] = lambda phase: None,
+        handover: Handover | None = None,
+    ) -> None:
         self._runtime: Runtime = app.state.runtime
         self._refusals = EarlyRefusals(self._runtime)
+        self._handover = handover
+        self._taking: set[asyncio.Task[None]] = set()  # the event loop itself keeps no task alive
+        self._protocol = partial(Connection, runtime=self._runtime, refusals=self._refusals, handover=handover)
         _allow_open_files(self._runtime.settings.max_connections)
         # No limit_concurrency: it would turn probes away too, and in plain text. Runtime.admitted bounds the work.
         config = uvicorn.Config(
             app,
             loop="uvloop",
-            http=cast(type[asyncio.Protocol], partial(Connection, runtime=self._runtime, refusals=self._refusals)),
+            http=cast(type[asyncio.Protocol], self._protocol),
             ws="none",
             lifespan="on",
             log_config=None,
@@ -58,9 +69,35 @@ class Server(uvicorn.Server):
         """Leave, however often it is said: the signal may come from the supervisor and from whoever told it so."""
         self._runtime.leave()
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, also for connections that other processes hand over."""
+        await super().startup(sockets)
+        if self._handover is not None:
+            asyncio.get_running_loop().add_reader(self._handover.inbox, self._take, self._handover)
+
+    def _take(self, handover: Handover) -> None:
+        for connection in handover.take():
+            task = asyncio.get_running_loop().create_task(self._connect(connection))
+            self._taking.add(task)
+            task.add_done_callback(self._taking.discard)
+
+    async def _connect(self, connection: socket.socket) -> None:
+        make = partial(
+            self._protocol,
+            config=self.config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+            taken=True,
+        )
+        with suppress(OSError):  # its client has left
+            await asyncio.get_running_loop().connect_accepted_socket(make, connection)
+
     async def on_tick(self, counter: int) -> bool:
         """Look, ten times a second, whether it is time to go."""
         self._report(self._runtime.phase)
+        if self._handover is not None:
+            self._handover.wants = self._runtime.phase == "ready"
+            self._handover.say(len(self.server_state.connections))
         self._look_after_the_engines()
         if self._runtime.port_is_left:  # new connections then find whoever else listens there
             for server in self.servers:

@@ -13,10 +13,12 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
+    from service.handover import Handover
     from service.runtime import Runtime
     from service.settings import Settings
 
@@ -76,19 +78,20 @@ def main() -> int:
     try:
         settings = load_settings()
         configure_logs(settings.log_level)
-        return serve(settings, int(port), link, late=order == "late")
+        return serve(settings, int(port), int(slot), link, late=order == "late")
     except StartError as error:
         link.say(f"failed {json.dumps(str(error)[:REASON_CHARACTERS])}")
         return 1
 
 
-def serve(settings: Settings, port: int, link: Link, *, late: bool) -> int:
+def serve(settings: Settings, port: int, slot: int, link: Link, *, late: bool) -> int:
     """Serve until a signal, the supervisor's end, or that of the engines; raises StartError when that cannot be.
 
     The first processes listen at once and say that they are starting. One that comes `late`, in the place of another,
     first loads its models, so that no client meets a 503 while the other processes are ready.
     """
     from service.app import create_app
+    from service.metrics import DIRECTORY
     from service.server import Server
     from service.sockets import listen
 
@@ -102,12 +105,28 @@ def serve(settings: Settings, port: int, link: Link, *, late: bool) -> int:
     if runtime.failure is None:
         with ExitStack() as open_sockets:
             listeners = [open_sockets.enter_context(listen(settings.host, port)) for _ in range(LISTENERS)]
-            Server(app, link.report).run(listeners)
+            Server(app, link.report, _join(settings, slot)).run(listeners)
     if runtime.failure is not None:
         raise runtime.failure
     if link.cut.is_set():
-        shutil.rmtree(os.environ["PROMETHEUS_MULTIPROC_DIR"], ignore_errors=True)  # nobody else is left to do it
+        shutil.rmtree(os.environ[DIRECTORY], ignore_errors=True)  # nobody else is left to do it
     return int(runtime.gave_up)
+
+
+def _join(settings: Settings, slot: int) -> Handover | None:
+    """The processes that even out their connections; without them they are spread as the kernel does it."""
+    import structlog
+
+    from service.handover import Handover
+    from service.metrics import DIRECTORY
+
+    if settings.processes == 1:
+        return None
+    try:
+        return Handover(Path(os.environ[DIRECTORY]), slot, settings.processes)
+    except OSError as error:
+        structlog.get_logger().warning("connections are not evened out", reason=str(error))
+        return None
 
 
 def _obey(link: Link, runtime: Runtime) -> None:

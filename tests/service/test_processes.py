@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -98,6 +98,41 @@ def load(served: Process) -> Iterator[Load]:
         for client in clients:
             client.join(SECONDS)
             assert not client.is_alive()
+
+
+def connections(served: Process) -> list[int]:
+    """How many clients each process has."""
+    return [
+        sum(one.status == "ESTABLISHED" and one.laddr.port == served.port for one in worker.net_connections("tcp"))
+        for worker in served.workers()
+    ]
+
+
+def test_few_connections_keep_every_process_busy(served: Process) -> None:
+    wait_until(lambda: whole(served), SECONDS)
+    for _ in range(30):  # by chance alone four would meet one process in one of eight
+        with ExitStack() as clients:
+            for _ in range(4):
+                clients.enter_context(socket.create_connection(("127.0.0.1", served.port), timeout=SECONDS))
+            wait_until(lambda: sum(connections(served)) == 4, SECONDS)
+            assert min(connections(served)) >= 1
+        wait_until(lambda: sum(connections(served)) == 0, SECONDS)
+
+
+def test_a_connection_that_was_handed_over_is_like_any_other(served: Process) -> None:
+    wait_until(lambda: whole(served), SECONDS)
+    with ExitStack() as stack:
+        clients = [
+            stack.enter_context(closing(http.client.HTTPConnection("127.0.0.1", served.port, timeout=SECONDS)))
+            for _ in range(8)
+        ]
+        for _ in range(3):
+            for client in clients:
+                client.request("POST", "/classify", json.dumps({"inputs": TEXT}))
+            for client in clients:
+                answer = client.getresponse()
+                assert (answer.status, json.loads(answer.read())["results"][0]["truncated"]) == (200, False)
+        assert min(connections(served)) >= 2
 
 
 def test_every_process_shows_the_totals_of_all(served: Process) -> None:
