@@ -104,7 +104,9 @@ class Connection(HttpToolsProtocol):
         """Count the connection in, and begin to wait for its first request; or hand it over."""
         super().connection_made(transport)
         if self._handover is not None:
-            if not self._taken and self._handover.hand_over(_file(transport), len(self.connections)):
+            if self._taken:
+                self._handover.arrived()
+            elif self._handover.hand_over(transport, len(self.connections)):
                 self.connections.discard(self)
                 transport.abort()
             self._handover.say(len(self.connections))
@@ -370,11 +372,6 @@ class Connection(HttpToolsProtocol):
             self.flow.resume_reading()
             self.transport.write_eof()
             self._until = time.monotonic() + LINGER_SECONDS
-
-
-def _file(transport: asyncio.Transport) -> int:
-    number: int = transport.get_extra_info("socket").fileno()
-    return number
 
 
 def _tell_left(cycle: RequestResponseCycle) -> None:

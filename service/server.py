@@ -7,7 +7,6 @@ import resource
 import socket
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from types import FrameType
 from typing import cast
@@ -77,11 +76,11 @@ class Server(uvicorn.Server):
 
     def _take(self, handover: Handover) -> None:
         for connection in handover.take():
-            task = asyncio.get_running_loop().create_task(self._connect(connection))
+            task = asyncio.get_running_loop().create_task(self._connect(connection, handover))
             self._taking.add(task)
             task.add_done_callback(self._taking.discard)
 
-    async def _connect(self, connection: socket.socket) -> None:
+    async def _connect(self, connection: socket.socket, handover: Handover) -> None:
         make = partial(
             self._protocol,
             config=self.config,
@@ -89,14 +88,26 @@ class Server(uvicorn.Server):
             app_state=self.lifespan.state,
             taken=True,
         )
-        with suppress(OSError):  # its client has left
+        try:
             await asyncio.get_running_loop().connect_accepted_socket(make, connection)
+        except OSError:  # its client has left
+            handover.arrived()
+            connection.close()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End; what was handed over in the last moment is still taken, and told to go elsewhere like all others."""
+        if self._handover is not None:
+            asyncio.get_running_loop().remove_reader(self._handover.inbox)
+            self._take(self._handover)
+            self._handover.close()
+        await super().shutdown(sockets)
 
     async def on_tick(self, counter: int) -> bool:
         """Look, ten times a second, whether it is time to go."""
         self._report(self._runtime.phase)
         if self._handover is not None:
-            self._handover.wants = self._runtime.phase == "ready"
+            able = self._runtime.phase == "ready" and self._runtime.engine_thread.alive()
+            self._handover.wants = able and not self._runtime.leaving
             self._handover.say(len(self.server_state.connections))
         self._look_after_the_engines()
         if self._runtime.port_is_left:  # new connections then find whoever else listens there

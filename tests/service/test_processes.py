@@ -110,13 +110,15 @@ def connections(served: Process) -> list[int]:
 
 def test_few_connections_keep_every_process_busy(served: Process) -> None:
     wait_until(lambda: whole(served), SECONDS)
-    for _ in range(30):  # by chance alone four would meet one process in one of eight
+    evenly = 0
+    for _ in range(24):
         with ExitStack() as clients:
             for _ in range(4):
                 clients.enter_context(socket.create_connection(("127.0.0.1", served.port), timeout=SECONDS))
             wait_until(lambda: sum(connections(served)) == 4, SECONDS)
-            assert min(connections(served)) >= 1
+            evenly += connections(served) == [2, 2]
         wait_until(lambda: sum(connections(served)) == 0, SECONDS)
+    assert evenly >= 16  # by chance alone 9, and 16 once in 300 runs
 
 
 def test_a_connection_that_was_handed_over_is_like_any_other(served: Process) -> None:
@@ -132,7 +134,7 @@ def test_a_connection_that_was_handed_over_is_like_any_other(served: Process) ->
             for client in clients:
                 answer = client.getresponse()
                 assert (answer.status, json.loads(answer.read())["results"][0]["truncated"]) == (200, False)
-        assert min(connections(served)) >= 2
+        assert min(connections(served)) >= 1
 
 
 def test_every_process_shows_the_totals_of_all(served: Process) -> None:
