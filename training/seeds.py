@@ -15,11 +15,16 @@ Splits = dict[str, dict[str, Any]]
 def compare(directories: Sequence[Path], output: Path) -> str:
     """Writes `output`.json and `output`.md of what `evaluate --split all` found; returns the table.
 
-    Raises TrainingError for a run that was not evaluated so, or has another's architecture and seed.
+    Raises TrainingError where there is no run, or one that was not evaluated so, was on other splits than the first,
+    or has another's architecture and seed.
     """
+    if not directories:
+        raise TrainingError("no run: give the directories of some that differ in their seed")
     found: dict[tuple[str, int], Splits] = {}
     for run in directories:
         splits = _read(run)
+        if found and splits.keys() != (others := next(iter(found.values()))).keys():
+            raise TrainingError(f"{run} was evaluated on {', '.join(splits)}, {directories[0]} on {', '.join(others)}")
         first = next(iter(splits.values()))
         if found.setdefault((first["architecture"], first["seed"]), splits) is not splits:
             raise TrainingError(f"{run}: another run is {first['architecture']} with seed {first['seed']} as well")
@@ -41,7 +46,8 @@ def _read(run: Path) -> Splits:
         splits: Splits = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise TrainingError(f"{path}: {error}; `python -m training evaluate {run} --split all` writes it") from error
-    if "iterations" in splits or not all("seed" in figures for figures in splits.values()):
+    of_splits = isinstance(splits, dict) and splits and all(isinstance(one, dict) for one in splits.values())
+    if not of_splits or not all("seed" in figures for figures in splits.values()):
         raise TrainingError(
             f"{path} is not of all splits; `python -m training evaluate {run} --split all` writes it so"
         )

@@ -58,10 +58,15 @@ def test_what_cannot_be_compared_is_said_and_writes_nothing(tmp_path: Path, caps
     one, same = (write_run(tmp_path / name, "recurrent", 13, 0.9) for name in ("one", "same"))
     (tmp_path / "single").mkdir()
     (tmp_path / "single" / "evaluation.json").write_text(json.dumps({"run": "x", "seed": 13, "iterations": {}}))
+    elsewhere = write_run(tmp_path / "elsewhere", "recurrent", 14, 0.9)
+    splits = json.loads((tmp_path / "elsewhere" / "evaluation.json").read_text())
+    (tmp_path / "elsewhere" / "evaluation.json").write_text(json.dumps({"far test": splits["far test"]}))
     for runs, complaint in (
         ([one, same], "same: another run is recurrent with seed 13 as well"),
         ([one, str(tmp_path / "single")], "evaluation.json is not of all splits; `python -m training evaluate"),
         ([one, str(tmp_path / "none")], "No such file or directory: '"),
+        ([one, elsewhere], "elsewhere was evaluated on far test, "),
+        ([], "no run: give the directories of some that differ in their seed"),
     ):
         assert main(["seeds", *runs, "--output", str(tmp_path / "seeds")]) == 1
         assert complaint in capsys.readouterr().err
