@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
@@ -35,6 +36,7 @@ from service.routing import Facts, Plan
 from service.serving import Changes, Serving, changes, load, plan, take_over
 from service.settings import Settings
 
+LOAD_SECONDS = 110.0  # for all bundles; the supervisor waits a little longer for a process that loads before it speaks
 LINGER_SECONDS = 1.0  # after the last answer: kept-alive clients meet a 503 with `Connection: close`, not a reset
 LONGEST_BODIES = 64  # that may be in memory at once; of shorter ones more
 RETIRE_SECONDS = 0.05  # between two looks whether a model that was replaced is still needed
@@ -69,6 +71,7 @@ class Runtime:
         self._idle_since = 0.0
         self._drain_begins = math.inf
         self._reloading = threading.Lock()
+        self._loading: threading.Thread | None = None  # the latest; alive when it was given up and still hangs
         self._loader = threading.Thread(target=self._load_first, args=(bundles,), name="load", daemon=True)
         self._retirement: threading.Thread | None = None
 
@@ -104,12 +107,29 @@ class Runtime:
             pass
 
     def _load(self, bundles: Sequence[Bundle]) -> Serving:
+        """Plan and load in time, on a thread that can be given up: a graph that hangs is not to be interrupted.
+
+        Raises StartError, Draining.
+        """
+        if self._loading is not None and self._loading.is_alive():
+            raise StartError("an earlier loading hangs, and was given up: only a restart ends it")
+        loaded: Future[Serving] = Future()
+
+        def work() -> None:
+            try:
+                loaded.set_result(load(plan(self.settings, bundles), bundles, self.serving, self._load_one))
+            except (StartError, Draining) as error:
+                loaded.set_exception(error)
+            except Exception as error:  # noqa: BLE001  # whatever it is, the process must say it in a line
+                reason = f"loading failed: {type(error).__name__}: {error}".replace("\n", " ")
+                loaded.set_exception(StartError(reason))
+
+        self._loading = threading.Thread(target=work, name="load bundles", daemon=True)
+        self._loading.start()
         try:
-            return load(plan(self.settings, bundles), bundles, self.serving, self._load_one)
-        except (StartError, Draining):
-            raise
-        except Exception as error:  # whatever it is, the process must say it in a line
-            raise StartError(f"loading failed: {type(error).__name__}: {error}".replace("\n", " ")) from error
+            return loaded.result(LOAD_SECONDS)
+        except TimeoutError:
+            raise StartError(f"loading has not ended after {LOAD_SECONDS:g} s: given up") from None
 
     def _load_one(self, bundle: Bundle) -> Model:
         if self._drain_begins < math.inf:

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 from typing import Any, get_args
 
 import httpx2
@@ -48,6 +49,7 @@ class Shelf:
     bundles: list[Bundle]
     engines: list[FakeEngine] = field(default_factory=list)
     bad: set[str] = field(default_factory=set)  # versions whose graphs do not load
+    hang: dict[str, Event] = field(default_factory=dict)  # and those that load once it is set
     others_told: int = 0
 
     @contextmanager
@@ -70,6 +72,8 @@ class Shelf:
     def make(self, bundle: Bundle) -> FakeEngine:
         if bundle.manifest.version in self.bad:
             raise BundleError(f"{bundle.manifest.version} does not load")
+        if hanging := self.hang.get(bundle.manifest.version):
+            assert hanging.wait(timeout=60)
         self.engines.append(FakeEngine(len(bundle.manifest.labels)))
         return self.engines[-1]
 
@@ -135,6 +139,39 @@ def test_a_new_version_takes_over_and_the_old_one_finishes_what_it_began() -> No
         assert set(result["scores"]) == {"bad", "good"}
         assert waiting.result(timeout=10) == "sentiment-recurrent@" + "b" * 12
         wait_until(lambda: shelf.sample("refrain_queue_depth", architecture="recurrent", task="sentiment") == 0)
+
+
+def test_a_bundle_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.runtime.LOAD_SECONDS", 0.3)
+    shelf = Shelf([bundle(version="a" * 12)])
+    with shelf.serve() as client:
+        hanging = Event()
+        shelf.hang["b" * 12] = hanging
+        shelf.bundles[:] = [bundle(version="b" * 12)]
+        answer = client.post("/reload")
+        assert answer.status_code == 409
+        assert answer.json()["detail"] == "Nothing was changed: loading has not ended after 0.3 s: given up"
+        assert answering(client) == "sentiment-recurrent@" + "a" * 12
+        shelf.bundles[:] = [bundle(version="c" * 12)]
+        assert "an earlier loading hangs" in client.post("/reload").json()["detail"]
+        hanging.set()
+        wait_until(lambda: client.post("/reload").status_code == 200)
+        assert answering(client) == "sentiment-recurrent@" + "c" * 12
+        assert outcomes(shelf)["taken"] == 1
+
+
+def test_a_start_that_hangs_is_given_up_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.runtime.LOAD_SECONDS", 0.3)
+    shelf = Shelf([bundle(version="a" * 12)])
+    shelf.hang["a" * 12] = hanging = Event()
+    runtime: Runtime = create_app(Settings(), shelf.bundles, lambda bundle, settings: shelf.make(bundle)).state.runtime
+    runtime.start()
+    try:
+        runtime.wait_loaded()
+        assert str(runtime.failure) == "loading has not ended after 0.3 s: given up"
+    finally:
+        hanging.set()
+        runtime.stop()
 
 
 def test_a_request_that_came_before_is_never_refused_for_a_reload() -> None:
