@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from service.bundle import Bundle
+from service.handover import Handover
 from service.server import Server
 from service.sockets import listen
 from tests.service.fakes import Fake, fake_app, fake_bundle, wait_until
@@ -91,10 +92,12 @@ def is_closed(connection: socket.socket) -> bool:
 
 
 @contextmanager
-def live(bundles: Sequence[Bundle] = (fake_bundle(),), **settings: Any) -> Iterator[Live]:
+def live(
+    bundles: Sequence[Bundle] = (fake_bundle(),), *, handover: Handover | None = None, **settings: Any
+) -> Iterator[Live]:
     fake = fake_app(bundles, **settings)
     listener = listen("127.0.0.1", 0)
-    server = Server(fake.app)
+    server = Server(fake.app, handover=handover)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     served = Live(fake, server, thread, listener)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import resource
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from service import handover
-from service.handover import FAR_MORE, LOOKS, STALE_NS, Handover
+from service.handover import CONNECTIONS, FAR_MORE, LOOKS, NONE_WANTED, STALE_NS, Handover
+from service.sockets import listen
+from tests.service.fakes import wait_until
+from tests.service.live import classify_bytes, live, reply
 
 
 class Transport(asyncio.Transport):
@@ -152,3 +158,92 @@ def test_of_many_new_connections_in_a_moment_few_are_compared(monkeypatch: pytes
         assert handed(3 * LOOKS) == LOOKS
         now += 0.5
         assert handed(LOOKS) == LOOKS // 2
+
+
+def full_disk() -> AbstractContextManager[None]:
+    """No file can grow."""
+    return limited(resource.RLIMIT_FSIZE, 0)
+
+
+def out_of_files() -> AbstractContextManager[None]:
+    """No file can be opened."""
+    lowest = os.dup(0)
+    os.close(lowest)
+    return limited(resource.RLIMIT_NOFILE, lowest)
+
+
+@contextmanager
+def limited(what: int, limit: int) -> Iterator[None]:
+    before = resource.getrlimit(what)
+    resource.setrlimit(what, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(what, before)
+
+
+def test_without_room_to_meet_it_is_an_error_and_not_a_signal_later(tmp_path: Path) -> None:
+    with full_disk(), pytest.raises(OSError, match=r"\[Errno (27|28)\]"):
+        Handover(tmp_path, 0, 64)
+    Handover(tmp_path, 0, 64).close()
+    (board,) = (file.stat() for file in tmp_path.iterdir() if not file.is_socket())
+    assert 512 * board.st_blocks >= board.st_size > 8192  # all of it is there, and no page comes when it is written
+
+
+def test_who_is_out_of_files_says_what_is_lost_and_is_given_none_for_a_while() -> None:
+    with meeting(2) as ((one, other), sockets):
+        client, ours = connect(sockets)
+        one.accept(connect(sockets)[1])
+        assert one.accept(ours)
+        with out_of_files(), capture_logs() as logs:
+            other.take()
+        assert [line["event"] for line in logs] == ["a connection that was handed over is lost: out of files"]
+        assert (client.recv(1), other.has) == (b"", [])
+        assert not one.accept(connect(sockets)[1])
+
+
+def tcp(sockets: ExitStack) -> tuple[socket.socket, socket.socket]:
+    """A client's end and the accepted one."""
+    with listen("127.0.0.1", 0) as listener:
+        client = sockets.enter_context(socket.create_connection(listener.getsockname(), timeout=20))
+        return client, listener.accept()[0]
+
+
+def test_a_server_answers_what_is_handed_over_and_wants_none_once_its_engine_hangs() -> None:
+    with TemporaryDirectory(prefix="r") as directory, ExitStack() as sockets:
+        peer, inbox = Peer(Path(directory), 0, 2, sockets), Handover(Path(directory), 1, 2)
+        for _ in range(9):  # that nobody wants yet
+            assert not peer.accept(tcp(sockets)[1])
+        with live(handover=inbox, stuck_seconds=0.3, drain_seconds=600) as served:
+            wait_until(lambda: inbox._board[1, CONNECTIONS] != NONE_WANTED)
+            client, ours = tcp(sockets)
+            assert peer.accept(ours)
+            client.sendall(classify_bytes("a film"))
+            assert reply(client).status == 200
+            served.fake.recurrent.gate.clear()
+            client.sendall(classify_bytes("another"))
+            wait_until(lambda: inbox._board[1, CONNECTIONS] == NONE_WANTED)
+            assert not peer.accept(tcp(sockets)[1])
+            served.fake.recurrent.gate.set()
+
+
+def test_what_is_handed_over_in_the_last_moment_is_told_to_go_elsewhere() -> None:
+    with TemporaryDirectory(prefix="r") as directory, ExitStack() as sockets:
+        peer, inbox = Peer(Path(directory), 0, 2, sockets), Handover(Path(directory), 1, 2)
+        for _ in range(4):  # that nobody wants yet
+            assert not peer.accept(tcp(sockets)[1])
+        with live(handover=inbox) as served:
+            client, ours = tcp(sockets)
+            client.sendall(classify_bytes("too late"))
+            loop = served.server.servers[0].get_loop()
+
+            def end() -> None:
+                loop.remove_reader(inbox.inbox)  # the moment after the last look
+                peer.accept(ours)
+                served.fake.app.state.runtime.leave_port()
+                served.server.should_exit = True
+
+            wait_until(lambda: inbox._board[1, CONNECTIONS] != NONE_WANTED)
+            loop.call_soon_threadsafe(end)
+            answer = reply(client)
+            assert (answer.status, answer.headers["connection"]) == (503, "close")
