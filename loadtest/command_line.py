@@ -10,7 +10,7 @@ from typing import get_args
 from urllib.parse import urlsplit
 
 from loadtest.job import Arrivals
-from loadtest.options import ARCHITECTURES, KEY_NAME, LIST_SIZE, STEP_LEVELS, Architecture, Options
+from loadtest.options import ARCHITECTURES, KEY_NAME, LIST_SIZE, QUICK_DIR, STEP_LEVELS, Architecture, Options
 from loadtest.schedule import Shape
 
 _DESCRIPTION = """\
@@ -40,7 +40,7 @@ environment: {KEY_NAME} is sent as X-API-Key, and shown nowhere
 exit status: 0 every request answered; 1 a request failed, or the service did not start or stop as it should;
 2 a wrong option; 3 the load generator, not the service, was the limit, so a figure says too little; 130 interrupted"""
 
-_QUICK = {"rounds": 1, "duration": 3.0, "step_seconds": 1.2, "warmup": 1.0}
+_QUICK = {"rounds": 1, "duration": 3.0, "step_seconds": 1.2, "warmup": 1.0, "output_dir": QUICK_DIR}
 """One round, and each part as short as percentiles allow."""
 
 
@@ -106,7 +106,11 @@ def _add_load(group: argparse._ArgumentGroup) -> None:
     steps = f"seconds of a step, at least {STEP_LEVELS} service levels"
     _add(group, "--step-seconds", _positive, Options.step_seconds, "S", steps)
     _add(group, "--warmup", _seconds, Options.warmup, "S", "seconds of load before a round's measured part")
-    group.add_argument("--quick", action="store_true", help="about a minute: one short round, for a first look")
+    group.add_argument(
+        "--quick",
+        action="store_true",
+        help="one or two minutes: one short round, for a first look, written to runs/quick",
+    )
 
 
 def _add(group: argparse._ArgumentGroup, name: str, kind: object, default: object, metavar: str, text: str) -> None:

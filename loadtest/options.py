@@ -34,6 +34,10 @@ class Load:
     seconds: float
 
 
+QUICK_DIR = Path("runs/quick")
+"""Where a first look is written: not over the results of a whole run."""
+
+
 @dataclass(frozen=True)
 class Options:
     """One load test. Field names are the option names; durations are in seconds."""

@@ -87,6 +87,8 @@ def evaluate(
 
     Raises ExportError, BundleError, TrainingError.
     """
+    if not paths:
+        raise ExportError("no bundle: give the directories of some")
     found: list[Figures] = []
     for name, path in named(paths).items():
         bundle = load_bundle(path)

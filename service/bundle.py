@@ -13,6 +13,8 @@ from service.errors import BundleError
 from service.manifest import Manifest, StoredFile, content_version, first_problem, stored_files
 
 MANIFEST = "manifest.json"
+VISIBLE = "[!.]*"  # hidden: an export is at work
+NO_BUNDLES = ("lost+found",)  # of a volume's own
 
 
 @dataclass(frozen=True)
@@ -30,15 +32,21 @@ class Bundle:
 
 
 def find_bundles(models_dir: Path) -> list[Path]:
-    """The directories in `models_dir` that hold a manifest, by name; BundleError where there is none."""
+    """The directories in `models_dir`, by name; BundleError where there is none, or one holds no manifest.
+
+    One that is passed over would be a model that is gone, and no word said: a copy begun, or half deleted.
+    """
     try:
         if not models_dir.is_dir():
             raise BundleError(f"the models directory {models_dir} does not exist")
-        found = sorted(path.parent for path in models_dir.glob(f"[!.]*/{MANIFEST}"))  # hidden: an export is at work
+        found = sorted(path for path in models_dir.glob(VISIBLE) if path.is_dir() and path.name not in NO_BUNDLES)
+        half = [path for path in found if not (path / MANIFEST).is_file()]
     except OSError as error:
         raise BundleError(f"the models directory {models_dir} cannot be read: {error.strerror}") from error
+    if half:
+        raise BundleError(f"{half[0]} is no bundle, or half of one: it holds no {MANIFEST}; complete it or take it out")
     if not found:
-        raise BundleError(f"no bundle in {models_dir}: no directory in it holds a {MANIFEST}")
+        raise BundleError(f"no bundle in {models_dir}: there is no directory in it")
     return found
 
 

@@ -33,7 +33,8 @@ HEAD_BYTES = 32_768  # request line and headers, or trailers; up to twice as muc
 HEADERS = 128
 LENGTH_DIGITS = 19  # of a body's length; the parser takes any number of zeros before it, Python's integers do not
 PIPELINED = 16  # requests read ahead on one connection
-RESERVE = 64  # connections above the limit, so that a probe still finds a place
+RESERVE = 64  # connections above the limit, so that a probe still finds a place,
+RESERVED_SECONDS = 1.0  # for so long at most, unless it asks: who is silent keeps others out
 LINGER_SECONDS = 2.0  # given to a client to stop sending and read its refusal
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 LAST_WORD = (b"connection", b"close")
@@ -112,9 +113,9 @@ class Connection(HttpToolsProtocol):
             self._handover.say(len(self.connections))
         if transport.is_closing():
             return
-        self._until = time.monotonic() + self._seconds
         above = len(self.connections) - self._most
         self._over = above > 0
+        self._until = time.monotonic() + min(self._seconds, RESERVED_SECONDS if self._over else math.inf)
         if above > RESERVE:
             self._refuse(TooManyConnections())
 

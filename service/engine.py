@@ -177,6 +177,7 @@ def choose_precision(
     stored: StoredPrecision = "int8" if asked == "int8" else "fp16"
     if stored not in manifest.precisions:
         there, why = ", ".join(manifest.precisions), manifest.left_out.get(stored)
-        said = f"REFRAIN_PRECISION={asked}: bundle {manifest.name} has no {stored} graphs, only {there}"
+        source = "" if stored == asked else f", which {asked} is computed from"
+        said = f"REFRAIN_PRECISION={asked}: bundle {manifest.name} has no {stored} graphs{source}, only {there}"
         raise SettingsError(f"{said} ({why})" if why else said)
     return ("fp32" if stored == "fp16" and provider == "cpu" else stored), stored

@@ -45,9 +45,9 @@ class ApiKeys:
             return True
         scheme, _, token = headers.get("authorization", "").partition(" ")
         bearer = token.lstrip(" ") if scheme.lower() == "bearer" else ""  # blanks, one or more (RFC 9110, 11.4)
-        offered = (headers.get("x-api-key") or bearer).encode("latin-1")
+        offered = [one.encode("latin-1") for one in (headers.get("x-api-key", ""), bearer)]
         # All keys are compared before any is decided on, so the time tells nothing of which one matched.
-        matches = [hmac.compare_digest(offered, key) for key in self._keys]
+        matches = [hmac.compare_digest(one, key) for key in self._keys for one in offered]
         return any(matches)
 
 

@@ -96,6 +96,7 @@ def load_model(bundle: Bundle, settings: Settings, metrics: Metrics, thread: Eng
     try:
         for length in WARM_UP_LENGTHS:
             _seconds_for(engine, bundle.manifest, 1, length)
+        engine.embed([[bundle.tokenizer.get_vocab_size() - 1]])  # else a text that has it would fail, and its list
         pace = _measure(engine, bundle.manifest, batch_tokens)
     except Exception as error:  # the runtime's exceptions share no base class of its own
         reason = f"{type(error).__name__}: {error}".replace("\n", " ")

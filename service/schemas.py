@@ -202,7 +202,9 @@ def describe_problems(problems: Sequence[ErrorDetails]) -> list[dict[str, str]]:
     described: dict[str, str] = {}
     for problem in problems:
         field = _field(problem["loc"])
-        described.setdefault(field, "must be a text or a list of texts" if field == "inputs" else problem["msg"])
+        described.setdefault(
+            field, "must be a text or a list of texts, one at least" if field == "inputs" else problem["msg"]
+        )
     return [{"field": field, "problem": message} for field, message in list(described.items())[:SHOWN_PROBLEMS]]
 
 

@@ -24,6 +24,9 @@ KEEP_ALIVE_SECONDS = 75  # longer than common proxies keep theirs, so that the p
 CHECK_TICKS = 3  # tenths of a second between two looks for clients that take too long
 TELL_TICKS = 10  # tenths of a second between two lines of log that sum up early refusals
 GIVE_UP_TICKS = 10  # tenths of a second that the engines may be found dead or stuck: long enough for a probe to see it
+BACKLOG = (
+    128  # of each listener; a longer line of clients that have left already would be between a probe and its answer
+)
 SPARE_FILES = 128  # open files that are no connections: models, logs, the collector of the metrics
 LAST_SECONDS = 1  # after the drain, for what is still running then: it was given up
 
@@ -57,6 +60,7 @@ class Server(uvicorn.Server):
             access_log=False,
             server_header=False,
             proxy_headers=False,  # nobody here asks for a client's address
+            backlog=BACKLOG,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=LAST_SECONDS,
         )

@@ -191,7 +191,7 @@ class Supervisor:
         self._count()
         if not self._listening:
             self._listening = True
-            self._log.info("listening", host=self._settings.host, port=self._port)
+            self._log.info("listening", host=self._settings.host, port=self._port, pid=os.getpid())
         if worker.phase == "ready" and not self._all_were_ready:
             self._were_ready.add(worker.slot)
             if self._all_were_ready:

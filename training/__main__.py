@@ -122,7 +122,8 @@ def _run(
         case TrainConfig():
             from training.loop import train  # as above
 
-            print(f"run written to {train(command)}; next: python -m training evaluate {command.output_dir}")
+            data = "" if command.data_dir is None else f" --data-dir {command.data_dir}"
+            print(f"run written to {train(command)}; next: python -m training evaluate {command.output_dir}{data}")
         case LinearConfig():
             from training.linear import fit  # as above
 

@@ -127,7 +127,7 @@ class TrainConfig(RunConfig):
 
     dataset: str = "sst2"
     """sst2, imdb, yelp_polarity, amazon_polarity, ag_news, 20newsgroups, sentiment (a mix), sentences or passages (of
-    that mix), domain, or a folder of --data-dir."""
+    that mix), domain, excerpts (of domain's reviews, and these), or a folder of --data-dir."""
     init_from: Path | None = None
     """Start from the weights of this run, with its tokenizer; the shape must be the same. The head is new where that
     run was pretrained, or decided between other labels."""

@@ -75,7 +75,9 @@ DOMAINS: Mapping[str, str] = {
     "local business": "yelp_polarity",
     "online shopping": "amazon_polarity",
 }
-NAMES = (*SOURCES, "sentiment", "sentences", "passages", "domain")
+MOST_SENTENCES = 4
+"""Of an excerpt."""
+NAMES = (*SOURCES, "sentiment", "sentences", "passages", "domain", "excerpts")
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,11 @@ class Dataset:
 
 def origins(name: str) -> dict[str, Source]:
     """The public data sets that one is made of; none that we know for one's own."""
-    parts = dict.fromkeys(("sentiment", *PIECES), SENTIMENT_MIX) | {"domain": tuple(DOMAINS.values())}
+    parts: dict[str, tuple[str, ...]] = dict.fromkeys(("sentiment", *PIECES), SENTIMENT_MIX)
+    parts |= dict.fromkeys(("domain", "excerpts"), tuple(DOMAINS.values()))
     found = {part: SOURCES[part] for part in parts.get(name, (name,)) if part in SOURCES}
+    if name == "excerpts":
+        found = {part: replace(one, kind=f"{one.kind} and excerpts of them") for part, one in found.items()}
     if name in PIECES:
         found |= {part: replace(found[part], kind=f"{name} of {found[part].kind}") for part in REVIEWS}
     return found
@@ -125,6 +130,8 @@ def load_dataset(name: str, data_dir: Path | None) -> Dataset:
         return _pieces(name, data_dir)
     if name == "domain":
         return _domain(data_dir)
+    if name == "excerpts":
+        return _excerpts(data_dir)
     if name not in SOURCES and data_dir is None:
         raise TrainingError(f"unknown data set '{name}'; known: {', '.join(NAMES)}, or a folder of --data-dir")
     return _from_files(name, data_dir) if data_dir else _from_hub(name)
@@ -294,6 +301,41 @@ def _domain(data_dir: Path | None) -> Dataset:
         _balanced([part.validation for part in parts]),
         _balanced([test for test in tests if test]) if all(tests) else None,
     )
+
+
+def _excerpts(data_dir: Path | None) -> Dataset:
+    """What `domain` has, and a few sentences of each text: else how short a text is tells its sort.
+
+    Whole reviews of films are long, those of products often short, and a model that knows only these takes nearly
+    every sentence for one of a product.
+    """
+    whole = _domain(data_dir)
+    train, validation = _of_each(whole.train), _of_each(whole.validation)
+    held_out = {*whole.validation.texts, *validation.texts}
+    train = train.pick(place for place, text in enumerate(train.texts) if text not in held_out)
+    return replace(
+        whole,
+        name="excerpts",
+        train=_join([whole.train, train]),
+        validation=_join([whole.validation, validation]),
+        test=None,
+        sources={**whole.finals, "excerpts validation": validation},
+    )
+
+
+def _of_each(reviews: Examples) -> Examples:
+    drawing = random.Random(SPLIT_SEED)
+    return Examples([excerpt(text, drawing) for text in reviews.texts], reviews.labels)
+
+
+def excerpt(review: str, drawing: random.Random) -> str:
+    """Up to MOST_SENTENCES sentences that follow one another; more where these have fewer than FEWEST_WORDS words."""
+    sentences = [part.strip() for part in SENTENCE_END.split(review) if part.strip()] or [review]
+    count = min(drawing.randint(1, MOST_SENTENCES), len(sentences))
+    begin = drawing.randint(0, len(sentences) - count)
+    while len(" ".join(sentences[begin : begin + count]).split()) < FEWEST_WORDS and count < len(sentences):
+        begin, count = max(0, begin - 1), count + 1
+    return " ".join(sentences[begin : begin + count])
 
 
 def _balanced(parts: Sequence[Examples]) -> Examples:

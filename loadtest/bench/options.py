@@ -12,6 +12,7 @@ import tyro
 
 from loadtest.command_line import can_be_written
 from loadtest.errors import LoadTestError
+from loadtest.options import QUICK_DIR
 from loadtest.options import Options as ServiceOptions
 
 ModeName = Literal["recurrent", "early-exit", "baseline"]
@@ -47,7 +48,7 @@ class BenchOptions:
     warmup: float = 1.0
     """Load before the measured part of each cell of the service."""
     quick: bool = False
-    """One round of one second for each cell: a first look, not a result."""
+    """One round of one second for each cell: a first look, not a result, and written to runs/quick."""
     modes: tuple[ModeName, ...] = ("recurrent", "early-exit", "baseline")
     """recurrent: at fixed depth; early-exit: the same model at its bundle's exit threshold."""
     cells: tuple[CellKind, ...] = ("raw", "bare", "lists", "single", "mixed")
@@ -158,4 +159,7 @@ def parse(arguments: Sequence[str]) -> BenchOptions:
     except LoadTestError as error:
         sys.stderr.write(f"bench: {error}\n")
         raise SystemExit(2) from None
-    return replace(options, rounds=1, seconds=1.0, warmup=0.3) if options.quick else options
+    if not options.quick:
+        return options
+    output_dir = QUICK_DIR if options.output_dir == BenchOptions.output_dir else options.output_dir
+    return replace(options, rounds=1, seconds=1.0, warmup=0.3, output_dir=output_dir)

@@ -241,4 +241,6 @@ def test_a_wrong_option_is_refused(arguments: list[str], complaint: str, capsys:
 def test_quick_is_one_short_round() -> None:
     quick = parse(["--quick", "--connections", "1", "8"])
     assert (quick.rounds, quick.seconds, quick.connections) == (1, 1.0, (1, 8))
+    assert quick.output_dir != parse([]).output_dir
+    assert parse(["--quick", "--output-dir", "elsewhere"]).output_dir == Path("elsewhere")
     assert parse([]) == BenchOptions()

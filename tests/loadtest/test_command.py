@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -192,4 +193,5 @@ def test_quick_shortens_what_is_not_told_otherwise() -> None:
     quick = parse(["--quick", "--duration", "5"])
     assert (quick.rounds, quick.duration) == (1, 5)
     assert quick.step_seconds < parse([]).step_seconds
-    assert parse(quick.command().split()[3:]) == quick
+    assert quick.output_dir != parse([]).output_dir
+    assert replace(parse(quick.command().split()[3:]), output_dir=quick.output_dir) == quick

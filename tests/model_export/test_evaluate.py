@@ -152,6 +152,11 @@ def test_a_label_that_the_bundle_does_not_know_is_said(
     assert capsys.readouterr().err == f"model_export: {path}, row 1: unknown label 'meh'; {known}\n"
 
 
+def test_without_a_bundle_there_is_nothing_to_say(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate"]) == 1
+    assert capsys.readouterr().err == "model_export: no bundle: give the directories of some\n"
+
+
 def test_a_precision_that_is_not_there_is_said(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = Path(__file__).parents[2]
     assert evaluate(root / "models" / "domain-baseline", "--texts", own, "--precisions", "fp16") == 1

@@ -212,14 +212,27 @@ def test_the_version_is_the_contents_and_not_the_orders(bundle_dir: Path) -> Non
 def test_where_there_is_no_bundle_it_is_said(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"does not exist$"):
         find_bundles(tmp_path / "nowhere")
-    (tmp_path / "empty").mkdir()
+    (tmp_path / "lost+found").mkdir()
     with pytest.raises(BundleError, match=rf"^no bundle in {tmp_path}"):
         find_bundles(tmp_path)
     with pytest.raises(BundleError, match=r"cannot be read: File name too long$"):
         find_bundles(tmp_path / ("a" * 300))
 
 
-def test_a_half_written_bundle_is_not_found(models_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dangling", [False, True])
+def test_half_of_a_bundle_is_said_and_not_passed_over(models_dir: Path, tmp_path: Path, dangling: bool) -> None:
+    for name in ("half", "whole"):
+        shutil.copytree(models_dir / f"{tiny.DATASET}-baseline", tmp_path / name)
+    (tmp_path / "README.md").write_text("which is no bundle, and no matter")
+    assert len(find_bundles(tmp_path)) == 2
+    (tmp_path / "half" / MANIFEST).unlink()
+    if dangling:
+        (tmp_path / "half" / MANIFEST).symlink_to("nowhere")
+    with pytest.raises(BundleError, match=r"/half is no bundle, or half of one: it holds no manifest\.json"):
+        find_bundles(tmp_path)
+
+
+def test_what_an_export_is_writing_is_not_found(models_dir: Path, tmp_path: Path) -> None:
     for name in ("whole", ".whole.partial", ".whole.old"):
         shutil.copytree(models_dir / f"{tiny.DATASET}-baseline", tmp_path / name)
     assert find_bundles(tmp_path) == [tmp_path / "whole"]

@@ -179,7 +179,12 @@ def test_the_precision_that_is_chosen(
     ("stored", "provider", "asked", "said"),
     [
         ("fp16", "cpu", "int8", "REFRAIN_PRECISION=int8: bundle sentiment-recurrent has no int8 graphs, only fp16"),
-        ("int8", "cpu", "fp32", "REFRAIN_PRECISION=fp32: bundle sentiment-recurrent has no fp16 graphs, only int8"),
+        (
+            "int8",
+            "cpu",
+            "fp32",
+            "=fp32: bundle sentiment-recurrent has no fp16 graphs, which fp32 is computed from, on",
+        ),
         ("int8", "cuda", "auto", "has no fp16 graphs, only int8"),
         ("fp16", "cuda", "fp32", "REFRAIN_PRECISION=fp32: on CUDA"),
     ],

@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import math
 import random
+import select
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
@@ -23,6 +25,7 @@ from structlog.testing import capture_logs
 from service import connections
 from service.connections import HEAD_BYTES, HEADERS, PIPELINED, RESERVE
 from service.runtime import LONGEST_BODIES
+from service.server import BACKLOG
 from tests.service.fakes import wait_until
 from tests.service.live import Live, classify_bytes, is_closed, live, replies, reply
 
@@ -425,6 +428,26 @@ def test_above_the_most_connections_only_probes_are_answered() -> None:
         wait_until(lambda: served.connections == 10 + RESERVE)
         with served.send(b"") as connection:
             assert told(connection) == (503, "too_many_connections")
+        wait_until(lambda: served.connections == 10, seconds=5)  # long before `client_seconds`
+        with served.send(GET + b"\r\n") as connection:
+            assert reply(connection).status == 200
+
+
+def test_no_long_line_of_clients_comes_before_a_probe() -> None:
+    """Those that left meanwhile stand in it, too, and each costs the time of a request."""
+    with live() as served, ExitStack() as opened:
+        stand_still = threading.Event()
+        served.server.servers[0].get_loop().call_soon_threadsafe(stand_still.wait, 60)
+        try:
+            clients = [opened.enter_context(socket.socket()) for _ in range(2 * BACKLOG)]
+            for client in clients:
+                client.setblocking(False)
+                client.connect_ex(("127.0.0.1", served.port))
+            time.sleep(0.5)
+            in_line = select.select([], clients, [], 0)[1]  # the others try again, and are not told of it
+        finally:
+            stand_still.set()
+        assert BACKLOG / 2 < len(in_line) < 1.1 * BACKLOG
 
 
 # What HTTP/1.1 allows, however rarely one meets it

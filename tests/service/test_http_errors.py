@@ -146,6 +146,7 @@ def test_401_without_a_key_for_all_but_probes_and_scrapes() -> None:
         ]
         right = [{"X-API-Key": "right-key"}, {"Authorization": "bearer other-key"}, {"X-API-Key": "other-key"}]
         right += [{"Authorization": "Bearer   right-key"}]
+        right += [{"X-API-Key": "wrong", "Authorization": "Bearer right-key"}]  # either will do
         for headers, status in [*((key, 401) for key in wrong), *((key, 200) for key in right)]:
             assert client.post("/classify", json={"inputs": "a"}, headers=headers).status_code == status
         assert client.post("/classify", json={"inputs": "a"}, headers={b"X-API-Key": b"\xff"}).status_code == 401

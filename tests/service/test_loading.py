@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from service.bundle import MANIFEST, Bundle, load_bundle
+from service.engine import FloatArray
 from service.engine_thread import EngineThread
 from service.errors import BundleError
 from service.loading import load_bundles, load_model, make_engine
@@ -51,6 +53,20 @@ def test_graphs_that_do_not_run_are_named() -> None:
     engine = FakeEngine(poison={(0,)})
     with pytest.raises(BundleError, match=r"^nowhere: its graphs do not run: RuntimeError: poisoned$"):
         load(bundle, engine)
+
+
+def test_a_tokenizer_that_knows_more_than_the_graphs_is_refused() -> None:
+    bundle = fake_bundle()
+    most = bundle.tokenizer.get_vocab_size() - 1
+
+    class Smaller(FakeEngine):
+        def embed(self, ids: Sequence[Sequence[int]]) -> list[FloatArray]:
+            if max(map(max, ids)) >= most:
+                raise IndexError("out of bounds")
+            return super().embed(ids)
+
+    with pytest.raises(BundleError, match=r"^nowhere: its graphs do not run: IndexError: out of bounds$"):
+        load(bundle, Smaller())
 
 
 def test_two_bundles_of_one_name_are_refused(models: Path) -> None:

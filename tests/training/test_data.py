@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import datasets
@@ -12,11 +13,13 @@ from hypothesis import strategies as st
 from tests.training.easy import Records, easy_records, write_jsonl
 from training.data import (
     DOMAINS,
+    FEWEST_WORDS,
     NEWSGROUPS,
     PASSAGE_WORDS,
     PIECES,
     SENTIMENT_MIX,
     Dataset,
+    excerpt,
     load_dataset,
     origins,
 )
@@ -235,6 +238,44 @@ def test_domain_has_as_many_texts_of_each_and_its_own_labels(tmp_path: Path) -> 
     assert Counter(dataset.train.labels) == {0: 20, 1: 20, 2: 20}
     assert Counter(dataset.validation.labels) == {0: 4, 1: 4, 2: 4}
     assert load_dataset("domain", tmp_path) == dataset
+
+
+def test_excerpts_are_whole_reviews_and_some_sentences_of_each(tmp_path: Path) -> None:
+    for name, count in zip(DOMAINS.values(), (40, 20, 30), strict=True):
+        reviews = [
+            {"text": f"{name} review {row} begins here. It has more to say. It ends.", "label": row % 2}
+            for row in range(count)
+        ]
+        write_jsonl(tmp_path / name / "train.jsonl", reviews[5:])
+        write_jsonl(tmp_path / name / "validation.jsonl", reviews[:5])
+    domain, dataset = load_dataset("domain", tmp_path), load_dataset("excerpts", tmp_path)
+    assert (dataset.task, dataset.labels, dataset.test) == (domain.task, domain.labels, None)
+    assert {name: len(split) for name, split in dataset.judged.items()} == {
+        "validation": 30,
+        "domain validation": 15,
+        "excerpts validation": 15,
+    }
+    assert dataset.train.texts[:45] == domain.train.texts
+    whole = dict(zip(domain.validation.texts, domain.validation.labels, strict=True))
+    found = dataset.sources["excerpts validation"]
+    for text, label, review in zip(found.texts, found.labels, whole, strict=True):
+        assert text in review and whole[review] == label
+    assert {text.count(".") for text in found.texts} > {1, 3}
+    held_out = {*domain.validation.texts, *found.texts}
+    assert held_out.isdisjoint(dataset.train.texts)
+    assert load_dataset("excerpts", tmp_path) == dataset
+
+
+@given(st.lists(st.text("ab .!?\n", min_size=1), min_size=1, max_size=40).map(" ".join), st.randoms())
+def test_an_excerpt_is_a_part_of_its_review_and_no_more_than_is_wanted(review: str, drawing: Random) -> None:
+    found, whole = excerpt(review, drawing).split(), review.split()
+    assert any(whole[start : start + len(found)] == found for start in range(len(whole) + 1))
+    assert len(found) >= min(FEWEST_WORDS, len(whole))
+
+
+def test_a_card_can_say_where_excerpts_are_from() -> None:
+    assert origins("excerpts")["imdb"].kind == "film reviews and excerpts of them"
+    assert origins("excerpts").keys() == origins("domain").keys()
 
 
 def test_unknown_names_and_missing_folders_and_files_are_named(tmp_path: Path) -> None:
