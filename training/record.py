@@ -41,6 +41,7 @@ def cost(run: Path) -> dict[str, Any]:
         "stage": _stage(info),
         "dataset": info.provenance["dataset"],
         "architecture": info.options["model"] if info.architecture == runs.STATES else info.architecture,
+        "seed": info.provenance.get("seed"),
         "machine": info.provenance.get("machine"),
         "precision": info.options.get("mixed_precision"),
         "steps": written[-1].get("step") if speeds else None,  # a validation comes after the last of them
@@ -60,14 +61,14 @@ def _stage(info: runs.RunInfo) -> str:
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
-    head = ("stage", "data", "architecture", "machine", "precision", "steps", "tokens/s (lowest to highest)", "hours",
-            "peak memory, MB", "peak GPU memory, MB")  # fmt: skip
+    head = ("stage", "data", "architecture", "seed", "machine", "precision", "steps", "tokens/s (lowest to highest)",
+            "hours", "peak memory, MB", "peak GPU memory, MB")  # fmt: skip
     lines: list[Sequence[str]] = [head]
     for row in rows:
         speed = row["tokens_per_second"]
         lines.append([
-            row["stage"], row["dataset"], row["architecture"], row["machine"] or "-", row["precision"] or "-",
-            str(row["steps"] or "-"),
+            row["stage"], row["dataset"], row["architecture"], "-" if row.get("seed") is None else str(row["seed"]), row["machine"] or "-",
+            row["precision"] or "-", str(row["steps"] or "-"),
             f"{speed['median']:,} ({speed['lowest']:,} to {speed['highest']:,})" if speed else "-",
             "-" if row["hours"] is None else f"{row['hours']:.2f}",
             str(row["peak_memory_mb"] or "-"), str(row["peak_cuda_mb"] or "-"),
