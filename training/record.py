@@ -65,10 +65,10 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
             "hours", "peak memory, MB", "peak GPU memory, MB")  # fmt: skip
     lines: list[Sequence[str]] = [head]
     for row in rows:
-        speed = row["tokens_per_second"]
+        speed, seed = row["tokens_per_second"], row.get("seed")
         lines.append([
-            row["stage"], row["dataset"], row["architecture"], "-" if row.get("seed") is None else str(row["seed"]), row["machine"] or "-",
-            row["precision"] or "-", str(row["steps"] or "-"),
+            row["stage"], row["dataset"], row["architecture"], "-" if seed is None else str(seed),
+            row["machine"] or "-", row["precision"] or "-", str(row["steps"] or "-"),
             f"{speed['median']:,} ({speed['lowest']:,} to {speed['highest']:,})" if speed else "-",
             "-" if row["hours"] is None else f"{row['hours']:.2f}",
             str(row["peak_memory_mb"] or "-"), str(row["peak_cuda_mb"] or "-"),
