@@ -198,7 +198,7 @@ def test_accuracy_as_served_is_what_the_command_wrote() -> None:
     rows = served_rows("sentiment") + served_rows("domain")
     assert [row[1:] for row in cells(part)[2:]] == rows
     less = [-float(row[-2].split(" ")[0]) for row in rows]
-    assert f"accuracy from {-min(less):.1f} points more to {max(less):.1f} points less on five sets of texts" in PROSE
+    assert f"accuracy from {-min(less):.1f} points more to {max(less):.1f} points less on six sets of texts" in PROSE
 
 
 def test_quality_over_seeds_is_what_the_command_wrote() -> None:
