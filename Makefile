@@ -50,10 +50,10 @@ export: $(DEV)/ready ## Export both runs into models/ (DATASET=sst2; TASK=sentim
 		$(DEV)/bin/python -m model_export runs/$(DATASET)-$$architecture models/$(TASK)-$$architecture $(DATA) $(EXPORT_OPTIONS) || exit; \
 	done
 
-loadtest: $(DEV)/ready ## Compare recurrent and baseline under load (LOADTEST_OPTIONS=--quick); writes docs/results/loadtest.*
+loadtest: $(DEV)/ready ## Compare recurrent and baseline under load (LOADTEST_OPTIONS=--quick: a look); writes docs/results/loadtest.*
 	$(DEV)/bin/python -m loadtest $(LOADTEST_OPTIONS)
 
-bench: $(DEV)/ready ## Measure the service against the raw runtime (BENCH_OPTIONS=--quick); writes docs/results/bench.*
+bench: $(DEV)/ready ## Measure the service against the raw runtime (BENCH_OPTIONS=--quick: a look); writes docs/results/bench.*
 	$(DEV)/bin/python -m loadtest.bench $(BENCH_OPTIONS)
 
 # One PrometheusRule for each rule file, whose text it holds as it is.

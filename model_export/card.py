@@ -119,9 +119,9 @@ def _training(manifest: Manifest) -> list[str]:
     recipe = ", ".join(f"{name} {value}" for name, value in told.items() if value not in (None, ""))
     several = card.recipe.get("averaged")
     count = len(several) if isinstance(several, list) else 0
-    mean = f"The weights are the mean of those of {count} runs; told is the last of them. " if count else ""
+    mean = f" (the mean of the weights of {count} runs; told is what the last of them was)" if count else ""
     return [
-        f"{mean}Run {training.run_id}, commit {training.commit}, seed {training.seed}, data set `{training.dataset}`: "
+        f"Run {training.run_id}{mean}, commit {training.commit}, seed {training.seed}, data set `{training.dataset}`: "
         f"{texts}{begun}. Training texts have {card.lengths.median} tokens in the median, 95 % have at most "
         f"{card.lengths.percentile_95}.",
         "\n".join(f"- {one.name}: {one.kind}, {one.language}; public as {one.hub}" for one in card.data),

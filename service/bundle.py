@@ -13,8 +13,8 @@ from service.errors import BundleError
 from service.manifest import Manifest, StoredFile, content_version, first_problem, stored_files
 
 MANIFEST = "manifest.json"
-VISIBLE = "[!.]*"  # hidden: an export is at work
-NO_BUNDLES = ("lost+found",)  # of a volume's own
+VISIBLE = "[!.@$]*"  # hidden: an export is at work, or a file system's own
+NO_BUNDLES = ("lost+found", "System Volume Information")  # of a volume's own
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,11 @@ def find_bundles(models_dir: Path) -> list[Path]:
     try:
         if not models_dir.is_dir():
             raise BundleError(f"the models directory {models_dir} does not exist")
-        found = sorted(path for path in models_dir.glob(VISIBLE) if path.is_dir() and path.name not in NO_BUNDLES)
+        there = sorted(path for path in models_dir.glob(VISIBLE) if path.name not in NO_BUNDLES)
+        found = [path for path in there if path.is_dir() or not path.exists()]  # a link into nowhere was a bundle once
         half = [path for path in found if not (path / MANIFEST).is_file()]
     except OSError as error:
-        raise BundleError(f"the models directory {models_dir} cannot be read: {error.strerror}") from error
+        raise BundleError(f"{error.filename or models_dir} cannot be read: {error.strerror}") from error
     if half:
         raise BundleError(f"{half[0]} is no bundle, or half of one: it holds no {MANIFEST}; complete it or take it out")
     if not found:

@@ -34,7 +34,7 @@ HEADERS = 128
 LENGTH_DIGITS = 19  # of a body's length; the parser takes any number of zeros before it, Python's integers do not
 PIPELINED = 16  # requests read ahead on one connection
 RESERVE = 64  # connections above the limit, so that a probe still finds a place,
-RESERVED_SECONDS = 1.0  # for so long at most, unless it asks: who is silent keeps others out
+RESERVED_SECONDS = 2.0  # for so long at most, unless it asks: who is silent keeps others out
 LINGER_SECONDS = 2.0  # given to a client to stop sending and read its refusal
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 LAST_WORD = (b"connection", b"close")
@@ -319,7 +319,7 @@ class Connection(HttpToolsProtocol):
             self._running.message_event.set()  # for the app to look at the clock
         if now >= self._until:
             self._until = math.inf
-            if self._within and self._unplaced and not self._deaf:
+            if self._within and self._unplaced and not self._deaf and not self._over:
                 self._refuse(HeadersTooSlow(self._seconds))
             else:  # nothing was asked, so nothing is answered
                 self.transport.abort()

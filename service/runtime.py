@@ -71,7 +71,7 @@ class Runtime:
         self._idle_since = 0.0
         self._drain_begins = math.inf
         self._reloading = threading.Lock()
-        self._loading: threading.Thread | None = None  # the latest; alive when it was given up and still hangs
+        self._hanging: threading.Thread | None = None  # the loading that was given up
         self._loader = threading.Thread(target=self._load_first, args=(bundles,), name="load", daemon=True)
         self._retirement: threading.Thread | None = None
 
@@ -99,36 +99,41 @@ class Runtime:
 
     def _load_first(self, bundles: Sequence[Bundle]) -> None:
         try:
-            self._take_over(self._load(bundles))
+            self._take_over(self._load(lambda: bundles))
             _tidy_memory()
         except StartError as error:
             self.failure = error
         except Draining:
             pass
 
-    def _load(self, bundles: Sequence[Bundle]) -> Serving:
-        """Plan and load in time, on a thread that can be given up: a graph that hangs is not to be interrupted.
+    def _load(self, find: FindBundles) -> Serving:
+        """Find, plan and load in time, on a thread that can be given up: a disk or a graph may hang for good.
 
         Raises StartError, Draining.
         """
-        if self._loading is not None and self._loading.is_alive():
+        if self._hanging is not None and self._hanging.is_alive():
             raise StartError("an earlier loading hangs, and was given up: only a restart ends it")
         loaded: Future[Serving] = Future()
 
         def work() -> None:
+            # New errors: those that were raised hold the frames that hold the models loaded so far.
             try:
+                bundles = find()
                 loaded.set_result(load(plan(self.settings, bundles), bundles, self.serving, self._load_one))
-            except (StartError, Draining) as error:
-                loaded.set_exception(error)
-            except Exception as error:  # noqa: BLE001  # whatever it is, the process must say it in a line
+            except Draining:
+                loaded.set_exception(Draining())
+            except StartError as error:
+                loaded.set_exception(StartError(str(error)))
+            except BaseException as error:  # noqa: BLE001  # whatever it is, the process must say it in a line
                 reason = f"loading failed: {type(error).__name__}: {error}".replace("\n", " ")
                 loaded.set_exception(StartError(reason))
 
-        self._loading = threading.Thread(target=work, name="load bundles", daemon=True)
-        self._loading.start()
+        thread = threading.Thread(target=work, name="load bundles", daemon=True)
+        thread.start()
         try:
             return loaded.result(LOAD_SECONDS)
         except TimeoutError:
+            self._hanging = thread
             raise StartError(f"loading has not ended after {LOAD_SECONDS:g} s: given up") from None
 
     def _load_one(self, bundle: Bundle) -> Model:
@@ -147,7 +152,7 @@ class Runtime:
             if self._retirement is not None:
                 self._retirement.join()  # so that there are never three generations in memory
             try:
-                after = self._load(self._find())
+                after = self._load(self._find)
             except StartError as error:
                 self.metrics.models.reloaded("refused")
                 structlog.get_logger().error("reload failed", reason=str(error))

@@ -310,13 +310,13 @@ def _excerpts(data_dir: Path | None) -> Dataset:
     every sentence for one of a product.
     """
     whole = _domain(data_dir)
-    train, validation = _of_each(whole.train), _of_each(whole.validation)
-    held_out = {*whole.validation.texts, *validation.texts}
+    train, validation = _join([whole.train, _of_each(whole.train)]), _of_each(whole.validation)
+    held_out = _held_out([whole]).union(validation.texts)
     train = train.pick(place for place, text in enumerate(train.texts) if text not in held_out)
     return replace(
         whole,
         name="excerpts",
-        train=_join([whole.train, train]),
+        train=train,
         validation=_join([whole.validation, validation]),
         test=None,
         sources={**whole.finals, "excerpts validation": validation},

@@ -161,5 +161,6 @@ def parse(arguments: Sequence[str]) -> BenchOptions:
         raise SystemExit(2) from None
     if not options.quick:
         return options
-    output_dir = QUICK_DIR if options.output_dir == BenchOptions.output_dir else options.output_dir
+    told = any(word.partition("=")[0] in ("--output-dir", "--output_dir") for word in arguments)
+    output_dir = options.output_dir if told else QUICK_DIR
     return replace(options, rounds=1, seconds=1.0, warmup=0.3, output_dir=output_dir)

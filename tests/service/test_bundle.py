@@ -219,6 +219,13 @@ def test_where_there_is_no_bundle_it_is_said(tmp_path: Path) -> None:
         find_bundles(tmp_path / ("a" * 300))
 
 
+def test_a_link_into_nowhere_was_a_bundle_once(models_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(models_dir / f"{tiny.DATASET}-baseline", tmp_path / "whole")
+    (tmp_path / "gone").symlink_to("releases/41")
+    with pytest.raises(BundleError, match=r"/gone is no bundle"):
+        find_bundles(tmp_path)
+
+
 @pytest.mark.parametrize("dangling", [False, True])
 def test_half_of_a_bundle_is_said_and_not_passed_over(models_dir: Path, tmp_path: Path, dangling: bool) -> None:
     for name in ("half", "whole"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import signal
@@ -158,6 +159,31 @@ def test_a_bundle_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> Non
         wait_until(lambda: client.post("/reload").status_code == 200)
         assert answering(client) == "sentiment-recurrent@" + "c" * 12
         assert outcomes(shelf)["taken"] == 1
+
+
+def test_a_refused_reload_keeps_nothing_that_it_had_loaded() -> None:
+    shelf = Shelf([bundle(version="a" * 12)])
+    with shelf.serve() as client:
+        shelf.bundles[:] = [bundle("baseline", version="b" * 12), bundle(version="c" * 12)]
+        shelf.bad.add("c" * 12)
+        gc.disable()  # it comes rarely in the service, too
+        try:
+            assert client.post("/reload").status_code == 409
+            loaded = weakref.ref(shelf.engines.pop())
+            wait_until(lambda: loaded() is None, seconds=5)
+        finally:
+            gc.enable()
+    shelf.engines.clear()
+
+
+def test_a_disk_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    shelf = Shelf([bundle()])
+    with shelf.serve() as client:
+        monkeypatch.setattr("service.runtime.LOAD_SECONDS", 0.3)
+        hanging = Event()
+        monkeypatch.setattr(shelf.runtime, "_find", lambda: hanging.wait(60) and shelf.bundles)
+        assert "loading has not ended" in client.post("/reload").json()["detail"]
+        hanging.set()
 
 
 def test_a_start_that_hangs_is_given_up_too(monkeypatch: pytest.MonkeyPatch) -> None:
