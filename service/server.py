@@ -24,9 +24,7 @@ KEEP_ALIVE_SECONDS = 75  # longer than common proxies keep theirs, so that the p
 CHECK_TICKS = 3  # tenths of a second between two looks for clients that take too long
 TELL_TICKS = 10  # tenths of a second between two lines of log that sum up early refusals
 GIVE_UP_TICKS = 10  # tenths of a second that the engines may be found dead or stuck: long enough for a probe to see it
-BACKLOG = (
-    128  # of each listener; a longer line of clients that have left already would be between a probe and its answer
-)
+BACKLOG = 128  # of each listener: clients that have left already stand in that line, and probes behind them
 SPARE_FILES = 128  # open files that are no connections: models, logs, the collector of the metrics
 LAST_SECONDS = 1  # after the drain, for what is still running then: it was given up
 
