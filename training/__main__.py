@@ -64,7 +64,7 @@ class SeedsConfig:
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """The run directories, of one architecture or both."""
-    output: Path = Path("docs/results/seeds")
+    output: Path
     """Without the suffix: .md and .json are written."""
 
 

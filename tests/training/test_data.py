@@ -261,9 +261,17 @@ def test_excerpts_are_whole_reviews_and_some_sentences_of_each(tmp_path: Path) -
     for text, label, review in zip(found.texts, found.labels, whole, strict=True):
         assert text in review and whole[review] == label
     assert {text.count(".") for text in found.texts} > {1, 3}
-    held_out = {*domain.validation.texts, *found.texts}
-    assert held_out.isdisjoint(dataset.train.texts)
     assert load_dataset("excerpts", tmp_path) == dataset
+
+
+def test_an_excerpt_that_is_held_out_is_not_learned_from(tmp_path: Path) -> None:
+    for name in DOMAINS.values():
+        said = f"This was said of {name} by everybody."
+        reviews = [{"text": " ".join([said] * count), "label": count % 2} for count in range(1, 45)]
+        write_jsonl(tmp_path / name / "train.jsonl", reviews[4:])
+        write_jsonl(tmp_path / name / "validation.jsonl", reviews[:4])
+    domain, dataset = load_dataset("domain", tmp_path), load_dataset("excerpts", tmp_path)
+    assert dataset.train == domain.train, "all of the excerpts are validation reviews too"
 
 
 @given(st.lists(st.text("ab .!?\n", min_size=1), min_size=1, max_size=40).map(" ".join), st.randoms())
