@@ -33,9 +33,11 @@ class Export:
     precisions: tuple[Literal["fp16", "int8"], ...] = ("fp16", "int8")
     """One that is too far from FP32 on some split is left out, and the manifest says why."""
     portable: bool = False
-    """Also write one self-contained graph per precision (ids, mask -> logits), for serving elsewhere."""
+    """Also write one self-contained graph per precision (ids, mask -> logits), for serving elsewhere. INT8 on an x86 CPU
+    without VNNI: set `session.x64quantprecision` to 1 there, as this service does, or its 8-bit sums saturate.
+    """
     max_accuracy_lost: float = 0.005
-    """Most accuracy (0 to 1) that a precision may lose against FP32, on any split."""
+    """Most accuracy (0 to 1) that a precision may lose against FP32 at full depth, on any split."""
     min_labels_agree: float = 0.98
     """Least share of labels on which a precision must agree with FP32."""
 

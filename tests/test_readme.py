@@ -145,7 +145,10 @@ def test_quality_is_the_manifests() -> None:
         for precision in ("fp32", "fp16", "int8"):
             figures = manifest["quality"]["sst2 validation"][precision]
             shown = " / ".join(f"{one['accuracy']:.4f}" for one in figures)
-            assert re.search(rf"^\| {architecture} .*{precision}.*\| {re.escape(shown)} \|", README, flags=re.MULTILINE)
+            stored = manifest["precisions"].get(precision)  # FP32 has no files of its own
+            size = f" {sum(graph['bytes'] for graph in stored['graphs'].values()) / 1e6:.1f} " if stored else "  "
+            row = rf"^\| {architecture} .*\| {precision} \|{size}\| {re.escape(shown)} \|"
+            assert re.search(row, README, flags=re.MULTILINE)
 
 
 def test_exits_and_calibration_are_the_manifests() -> None:

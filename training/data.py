@@ -61,6 +61,9 @@ SOURCES: Mapping[str, Source] = {
         Columns(drop_empty=True),
     ),
 }
+TASK_LETTERS = 50
+TASK = re.compile(f"[a-z0-9][a-z0-9_-]{{0,{TASK_LETTERS - 1}}}")
+LABEL_LETTERS = 64
 SENTIMENT_MIX = ("sst2", "imdb", "yelp_polarity", "amazon_polarity")
 REVIEWS = SENTIMENT_MIX[1:]
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n|<br />|\\n")
@@ -169,12 +172,25 @@ def _from_files(name: str, data_dir: Path) -> Dataset:
         raise TrainingError(f"{folder}: no train.jsonl, .csv, .tsv (each also .gz) or .parquet")
     columns = source.columns if source else Columns()
     labels = source.labels if source else tuple(label_names(train_path, columns.label))
+    _check_names(folder, name, labels)
 
     def split(which: str) -> Examples | None:
         path = find_split(folder, which)
         return read_examples(path, labels, columns) if path else None
 
     return _assemble(name, source.task if source else name, labels, split("train"), split("validation"), split("test"))
+
+
+def _check_names(folder: Path, task: str, labels: Sequence[str]) -> None:
+    """TrainingError for what no bundle may have: better now than after a training."""
+    if not TASK.fullmatch(task):
+        raise TrainingError(
+            f"{folder}: the folder's name becomes the task's, so it takes small letters, digits, - and _, "
+            f"{TASK_LETTERS} at most"
+        )
+    if too_long := [label for label in labels if len(label) > LABEL_LETTERS]:
+        shown, letters = too_long[0][:LABEL_LETTERS], len(too_long[0])
+        raise TrainingError(f"{folder}: label '{shown}...' has {letters} letters; {LABEL_LETTERS} at most")
 
 
 def _from_hub(name: str) -> Dataset:

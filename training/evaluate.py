@@ -38,9 +38,9 @@ def predict(
     parts = []
     for batch in tqdm(batches, desc="predict", unit="batch", leave=False, delay=5):
         ids_BL, mask_BL = pad([ids[index] for index in batch])
-        parts.append(
-            model(ids_BL.to(device), None if mask_BL is None else mask_BL.to(device), iterations).float().cpu()
-        )
+        mask_BL = None if mask_BL is None else mask_BL.to(device)
+        # Not model(): within a training accelerate has put autocast around that, and what judges is FP32.
+        parts.append(type(model).forward(model, ids_BL.to(device), mask_BL, iterations).cpu())
     model.train(was_training)
     order_N = torch.tensor([index for batch in batches for index in batch])
     return torch.cat(parts, dim=1)[:, order_N.argsort()]

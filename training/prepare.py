@@ -105,10 +105,10 @@ def _tokenizer(config: RunConfig, dataset: Dataset) -> Tokenizer:
 
 
 def recorded_options(config: RunConfig | LinearConfig | StatesConfig) -> dict[str, Any]:
-    """The options as a run keeps them: those that shape the result; where files lie does not."""
+    """The options as a run keeps them: those that shape the result; where and how often files are written does not."""
     options = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
-    for place in ("data_dir", "output_dir"):
-        del options[place]
+    for unshaping in ("data_dir", "output_dir", "checkpoint_steps"):
+        options.pop(unshaping, None)
     if isinstance(config, TrainConfig):
         del options["init_from"]
         options["initialised_from"] = _run_id(config.init_from)

@@ -40,6 +40,7 @@ def cost(run: Path) -> dict[str, Any]:
         "run": info.provenance["run_id"],
         "stage": _stage(info),
         "dataset": info.provenance["dataset"],
+        "texts": info.provenance.get("texts", {}).get("train"),
         "architecture": info.options["model"] if info.architecture == runs.STATES else info.architecture,
         "seed": info.provenance.get("seed"),
         "machine": info.provenance.get("machine"),
@@ -61,13 +62,13 @@ def _stage(info: runs.RunInfo) -> str:
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
-    head = ("stage", "data", "architecture", "seed", "machine", "precision", "steps", "tokens/s (lowest to highest)",
+    head = ("stage", "data", "texts", "architecture", "seed", "machine", "precision", "steps", "tokens/s (lowest to highest)",
             "hours", "peak memory, MB", "peak GPU memory, MB")  # fmt: skip
     lines: list[Sequence[str]] = [head]
     for row in rows:
         speed, seed = row["tokens_per_second"], row.get("seed")
         lines.append([
-            row["stage"], row["dataset"], row["architecture"], "-" if seed is None else str(seed),
+            row["stage"], row["dataset"], f"{row['texts']:,}" if row.get("texts") else "-", row["architecture"], "-" if seed is None else str(seed),
             row["machine"] or "-", row["precision"] or "-", str(row["steps"] or "-"),
             f"{speed['median']:,} ({speed['lowest']:,} to {speed['highest']:,})" if speed else "-",
             "-" if row["hours"] is None else f"{row['hours']:.2f}",

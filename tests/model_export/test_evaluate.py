@@ -126,9 +126,9 @@ def figures(bundle: str, right: str, **changed: Any) -> Figures:
     quality = [Quality(accuracy=0.5, macro_f1=0.5)]
     right_N = np.array([letter == "+" for letter in right])
     texts = [f"text {number}" for number in range(len(right))]
-    fields: dict[str, Any] = {"precision": "int8", "split": "test", "texts": texts} | changed
+    fields: dict[str, Any] = {"precision": "int8", "split": "test", "texts": texts}
     fields |= {"iterations": quality, "exit_threshold": None, "mean_iterations": 1.0, "manifest": None}
-    return Figures(bundle, right=right_N, **fields)
+    return Figures(bundle, right=right_N, **fields | changed)
 
 
 def test_bundles_are_compared_where_they_answered_the_same_texts() -> None:
@@ -140,6 +140,16 @@ def test_bundles_are_compared_where_they_answered_the_same_texts() -> None:
     assert found.difference == pytest.approx((3 - 1) / 10)
     each = one.right.astype(float) - other.right
     assert found.standard_error == pytest.approx(each.std() / np.sqrt(10))
+
+
+@pytest.mark.parametrize(
+    ("texts", "more", "differs"), [(100, 2, False), (100, 3, True), (10_000, 19, False), (10_000, 21, True)]
+)
+def test_another_cpu_may_turn_two_texts_or_one_in_five_hundred(texts: int, more: int, differs: bool) -> None:
+    right = texts // 2
+    said, found = (Quality(accuracy=count / texts, macro_f1=0.5) for count in (right, right + more))
+    one = figures("one", "+" * texts, iterations=[found], manifest=[said])
+    assert one.differs is differs
 
 
 def test_a_label_that_the_bundle_does_not_know_is_said(

@@ -9,7 +9,9 @@ import datasets
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
+from service.manifest import Label, Name
 from tests.training.easy import Records, easy_records, write_jsonl
 from training.data import (
     DOMAINS,
@@ -292,6 +294,27 @@ def test_unknown_names_and_missing_folders_and_files_are_named(tmp_path: Path) -
     assert f"{tmp_path / 'yelp_polarity'} or {tmp_path / 'yelp_reviews'}" in refusal("yelp_polarity", tmp_path)
     (tmp_path / "sst2").mkdir()
     assert refusal("sst2", tmp_path).startswith(f"{tmp_path / 'sst2'}: no train.jsonl, .csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "complaint"),
+    [
+        ("My_Reviews", "good", "the folder's name becomes the task's, so it takes small letters, digits"),
+        ("reviews.v2", "good", "the folder's name becomes the task's"),
+        ("r" * 51, "good", "50 at most"),
+        ("reviews", "g" * 65, "has 65 letters; 64 at most"),
+    ],
+)
+def test_a_name_that_no_bundle_may_have_is_refused_before_a_training(
+    name: str, label: str, complaint: str, tmp_path: Path
+) -> None:
+    for folder, good in ((name, label), ("r" * 50, "g" * 64)):
+        rows = [{"text": f"text {row}", "label": ("bad", good)[row % 2]} for row in range(40)]
+        write_jsonl(tmp_path / folder / "train.jsonl", rows)
+    assert complaint in refusal(name, tmp_path)
+    dataset = load_dataset("r" * 50, tmp_path)
+    TypeAdapter(Name).validate_python(f"{dataset.task}-recurrent")
+    TypeAdapter(list[Label]).validate_python(list(dataset.labels))
 
 
 @pytest.mark.parametrize(

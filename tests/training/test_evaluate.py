@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from tests.training.easy import LABELS, easy_records, tiny_config, write_easy, write_jsonl
 from training import run as runs
 from training.__main__ import main
+from training.architectures import Encoder
 from training.errors import TrainingError
 from training.evaluate import evaluate, predict, read_classifier, table
 from training.loop import train
@@ -48,6 +50,17 @@ def test_predictions_keep_the_order_of_the_texts_and_equal_each_text_alone(run: 
         torch.testing.assert_close(
             predict(model, tokenizer, [text], 16)[:, 0], together_RNC[:, number], rtol=0, atol=1e-5
         )
+
+
+def test_a_training_in_bf16_is_judged_in_fp32(run: Path) -> None:
+    model, tokenizer = runs.read_model(run), runs.read_tokenizer(run)
+    texts = [record["text"] for record in easy_records(20, seed=5)]
+    expected_RNC = predict(model, tokenizer, texts, 16)
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    trained = accelerator.unwrap_model(accelerator.prepare_model(model))
+    ids_BL = torch.tensor([[2, 5, 6, 7]])
+    assert not torch.equal(trained(ids_BL), Encoder.forward(trained, ids_BL)), "it would be rounded otherwise"
+    assert torch.equal(predict(trained, tokenizer, texts, 16), expected_RNC)
 
 
 def test_predicting_leaves_a_model_in_training_in_training(run: Path) -> None:

@@ -45,7 +45,10 @@ def test_the_command_writes_a_table_and_takes_older_runs_as_well(
     table = (tmp_path / "results" / "training.md").read_text()
     first, second = (line for line in table.splitlines() if line.startswith("| train |"))
     assert [cell.strip() for cell in first.split("|")[-5:-1]] == ["900 (900 to 900)", "-", "-", "-"]
-    assert second.split("|")[4].strip() == str(json.loads((run / "config.json").read_text())["provenance"]["seed"])
+    provenance = json.loads((run / "config.json").read_text())["provenance"]
+    assert [second.split("|")[place].strip() for place in (3, 5)] == [
+        str(provenance["texts"]["train"]), str(provenance["seed"])
+    ]  # fmt: skip
     assert "CPU thread" in second
     assert table.splitlines()[-1] in capsys.readouterr().out
     rows = json.loads((tmp_path / "results" / "training.json").read_text())["runs"]
@@ -72,7 +75,7 @@ def test_what_is_no_number_of_a_linear_model_is_a_dash(tmp_path: Path) -> None:
     (run / "config.json").write_text(json.dumps(config | {"architecture": "linear", "options": {}}))
     assert main(["record", str(run), "--output", str(tmp_path / "training")]) == 0
     last = (tmp_path / "training.md").read_text().splitlines()[-1]
-    assert " ".join(last.split()) == "| linear | easy | linear | - | - | - | - | - | 0.01 | 700 | - |"
+    assert " ".join(last.split()) == "| linear | easy | - | linear | - | - | - | - | - | 0.01 | 700 | - |"
 
 
 def test_a_run_without_a_measured_speed_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

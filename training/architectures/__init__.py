@@ -1,4 +1,4 @@
-"""The architectures by name. To add one: subclass `Encoder`, name it here and its shape in `training.shapes`."""
+"""The architectures by name. To add one: subclass `Encoder`, name it here, its shape in `training.shapes`, and `--architecture` in `training.config`."""
 
 from collections.abc import Mapping
 

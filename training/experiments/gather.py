@@ -16,7 +16,7 @@ from training.experiments.children import Children
 
 TIMED_TEXTS = 512
 ROUNDS = 5
-FIGURES = ("accuracy", "macro_f1", "macro_precision", "macro_recall")
+SCORES = ("accuracy", "macro_f1", "macro_precision", "macro_recall")
 PRECISIONS = ("fp32", "fp16", "int8")
 
 
@@ -72,7 +72,7 @@ def of_tests(finished: Sequence[Finished], place: Path, children: Children) -> t
             texts=_first(one.figures[test.key])["texts"],
             trained_on=_trained_on(one),
             published=one.cell.published.get(test.title),
-            iterations=[{name: at[name] for name in FIGURES} for at in one.figures[test.key]["iterations"].values()],
+            iterations=[{name: at[name] for name in SCORES} for at in one.figures[test.key]["iterations"].values()],
         )
         for one in finished
         for test in one.cell.tests

@@ -14,7 +14,7 @@ from training import run as runs
 from training.errors import TrainingError
 from training.experiments.cells import Experiment
 from training.experiments.figure import draw
-from training.experiments.gather import FIGURES, Result, Size
+from training.experiments.gather import SCORES, Result, Size
 from training.experiments.options import ExperimentsConfig
 from training.tables import grid, spread
 
@@ -132,7 +132,7 @@ def _results_table(results: Sequence[Result]) -> str:
             row,
             test,
             model,
-            *(_of_seeds(name, several) for name in FIGURES),
+            *(_of_seeds(name, several) for name in SCORES),
             "-" if several[0].published is None else f"{several[0].published:.4f}",
             f"{_range([one.trained_on for one in several])} / {_range([one.texts for one in several])}",
         ]
