@@ -33,8 +33,8 @@ class Export:
     precisions: tuple[Literal["fp16", "int8"], ...] = ("fp16", "int8")
     """One that is too far from FP32 on some split is left out, and the manifest says why."""
     portable: bool = False
-    """Also write one self-contained graph per precision (ids, mask -> logits), for serving elsewhere. INT8 on an x86 CPU
-    without VNNI: set `session.x64quantprecision` to 1 there, as this service does, or its 8-bit sums saturate.
+    """Also write one self-contained graph per precision (ids, mask -> logits), for serving elsewhere. For INT8 on an
+    x86 CPU without VNNI set `session.x64quantprecision` to 1 there, as this service does, or its 8-bit sums saturate.
     """
     max_accuracy_lost: float = 0.005
     """Most accuracy (0 to 1) that a precision may lose against FP32 at full depth, on any split."""

@@ -62,13 +62,14 @@ def _stage(info: runs.RunInfo) -> str:
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
-    head = ("stage", "data", "texts", "architecture", "seed", "machine", "precision", "steps", "tokens/s (lowest to highest)",
-            "hours", "peak memory, MB", "peak GPU memory, MB")  # fmt: skip
+    head = ("stage", "data", "texts", "architecture", "seed", "machine", "precision", "steps",
+            "tokens/s (lowest to highest)", "hours", "peak memory, MB", "peak GPU memory, MB")  # fmt: skip
     lines: list[Sequence[str]] = [head]
     for row in rows:
         speed, seed = row["tokens_per_second"], row.get("seed")
         lines.append([
-            row["stage"], row["dataset"], f"{row['texts']:,}" if row.get("texts") else "-", row["architecture"], "-" if seed is None else str(seed),
+            row["stage"], row["dataset"], f"{row['texts']:,}" if row.get("texts") else "-", row["architecture"],
+            "-" if seed is None else str(seed),
             row["machine"] or "-", row["precision"] or "-", str(row["steps"] or "-"),
             f"{speed['median']:,} ({speed['lowest']:,} to {speed['highest']:,})" if speed else "-",
             "-" if row["hours"] is None else f"{row['hours']:.2f}",

@@ -1,4 +1,7 @@
-"""The architectures by name. To add one: subclass `Encoder`, name it here, its shape in `training.shapes`, and `--architecture` in `training.config`."""
+"""The architectures by name.
+
+To add one: subclass `Encoder`, name it here and in `training.config`'s `architecture`, its shape in `training.shapes`.
+"""
 
 from collections.abc import Mapping
 
