@@ -25,6 +25,7 @@ from service.openapi import document, json_body, problems
 from service.problems import on_bug, on_http_exception, on_refrain_error
 from service.runtime import Runtime
 from service.schemas import ClassifyAnswer, ModelInfo, ModelsAnswer, ReloadAnswer, Status
+from service.serving import Changes
 from service.settings import Settings
 from service.shadow import Shadows
 from service.tracing import NOTHING, start_tracing
@@ -34,7 +35,7 @@ PLAYGROUND = Path(__file__).with_name("playground.html").read_text(encoding="utf
 PLAYGROUND_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'"
 )
-# One thread: whoever asks during a reload waits for its end.
+# One thread: whoever asks during a reload waits for its end, and then for one more, which all of them share.
 _RELOAD_THREAD = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reload")
 
 router = APIRouter()
@@ -87,6 +88,7 @@ def create_app(
     app.state.runtime = runtime
     app.state.shadows = Shadows(runtime)
     app.state.on_reload = on_reload
+    app.state.reload = None  # the last that was asked for
     app.state.exposition = None  # of the metrics, the last that was begun
     app.include_router(router)
     app.include_router(inference_protocol.router)
@@ -133,12 +135,18 @@ async def reload(request: Request) -> ReloadAnswer:
 
     The models that it replaces finish what they have begun. When anything is wrong with it, nothing changes.
     """
-    runtime = _runtime(request)
+    runtime, state = _runtime(request), request.app.state
     if not runtime.settings.api_keys:
         raise ReloadForbidden
-    changed = await asyncio.get_running_loop().run_in_executor(_RELOAD_THREAD, runtime.reload)
-    request.app.state.on_reload()
-    return ReloadAnswer(**asdict(changed))
+
+    def work() -> Changes:
+        changed = runtime.reload()
+        state.on_reload()
+        return changed
+
+    if state.reload is None or state.reload.running() or state.reload.done():
+        state.reload = _RELOAD_THREAD.submit(work)
+    return ReloadAnswer(**asdict(await asyncio.shield(asyncio.wrap_future(state.reload))))
 
 
 @router.head("/healthz", include_in_schema=False)

@@ -179,7 +179,7 @@ class Batcher:
         with self._changed:
             near = islice(leader.pool.near(leader.length, CALL_TOKENS), CONSIDERED * tokens // leader.length)
             candidates = [leader, *(waiting for waiting in near if waiting is not leader)]
-        places = choose_batch([waiting.length for waiting in candidates], 0, tokens, CALL_TOKENS)
+        places = choose_batch([waiting.length for waiting in candidates], tokens, CALL_TOKENS)
         batch = self._without_late([candidates[place] for place in places], began)
         if not batch:
             return

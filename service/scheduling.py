@@ -22,21 +22,18 @@ def most_urgent(waited: Sequence[float], work: Sequence[float]) -> int:
     return ratios.index(max(ratios))
 
 
-def choose_batch(lengths: Sequence[int], leader: int, max_tokens: int, call_tokens: int) -> list[int]:
-    """Which waiting texts run together with the leader: places in `lengths`, the leader's first.
+def choose_batch(lengths: Sequence[int], max_tokens: int, call_tokens: int) -> list[int]:
+    """Which waiting texts run together with the first: places in `lengths`, where the others are nearest to it first.
 
-    The others join nearest in length first, while the padded batch stays within `max_tokens` and the padding that a
-    text brings costs no more than the call of its own that it saves, `call_tokens`.
+    One after another joins while the padded batch stays within `max_tokens` and the padding that a text brings costs
+    no more than the call of its own that it saves, `call_tokens`.
     """
-    leading = lengths[leader]
-    chosen, longest = [leader], leading
-    for place in sorted(range(len(lengths)), key=lambda place: abs(lengths[place] - leading)):
+    chosen, longest = [0], lengths[0]
+    for place in range(1, len(lengths)):
         length = lengths[place]
         grown = max(longest, length)
-        if place == leader or (len(chosen) + 1) * grown > max_tokens:
-            continue
         brought = longest - length if length <= longest else len(chosen) * (length - longest)
-        if brought > call_tokens or leading - length > call_tokens:
+        if (len(chosen) + 1) * grown > max_tokens or brought > call_tokens:
             continue
         chosen.append(place)
         longest = grown

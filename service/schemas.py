@@ -205,7 +205,9 @@ def describe_problems(problems: Sequence[ErrorDetails]) -> list[dict[str, str]]:
         described.setdefault(
             field, "must be a text or a list of texts, one at least" if field == "inputs" else problem["msg"]
         )
-    if any(field.startswith("inputs[") for field in described):
+    if any(
+        problem["loc"][0] == "inputs" and isinstance(problem["loc"][-1], int) for problem in problems if problem["loc"]
+    ):
         del described["inputs"]  # which says no more than that a list is no single text
     return [{"field": field, "problem": message} for field, message in list(described.items())[:SHOWN_PROBLEMS]]
 

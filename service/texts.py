@@ -64,8 +64,11 @@ def _encode(bundle: Bundle, text: str, characters: int) -> Encoded | None:
 
 def _encode_whole(bundle: Bundle, text: str) -> Encoded:
     limit = bundle.manifest.max_tokens
-    (whole,) = bundle.tokenizer.encode_batch_fast([text])
-    return Encoded(whole.ids[:limit], len(whole) > limit)
+    ids = bundle.words.ids(text) if bundle.words else None
+    if ids is None:
+        (whole,) = bundle.tokenizer.encode_batch_fast([text])
+        ids = whole.ids
+    return Encoded(ids[:limit], len(ids) > limit)
 
 
 def texts_to_run(asked: Options, manifest: Manifest, encoded: Sequence[Encoded], sure: float = 0.0) -> list[Text]:

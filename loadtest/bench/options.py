@@ -48,7 +48,7 @@ class BenchOptions:
     warmup: float = 1.0
     """Load before the measured part of each cell of the service."""
     quick: bool = False
-    """One round of one second for each cell: a first look, not a result, and written to runs/quick."""
+    """One round of one second for each cell, unless told otherwise: a first look, and written to runs/quick."""
     modes: tuple[ModeName, ...] = ("recurrent", "early-exit", "baseline")
     """recurrent: at fixed depth; early-exit: the same model at its bundle's exit threshold."""
     cells: tuple[CellKind, ...] = ("raw", "bare", "lists", "single", "mixed")
@@ -154,13 +154,13 @@ class BenchOptions:
 
 def parse(arguments: Sequence[str]) -> BenchOptions:
     """Options from the command line; ends the process with status 2 when one is wrong."""
+    default = BenchOptions()
+    if "--quick" in arguments:
+        default = replace(default, rounds=1, seconds=1.0, warmup=0.3, output_dir=QUICK_DIR)
     try:
-        options = tyro.cli(BenchOptions, prog="python -m loadtest.bench", description=_DESCRIPTION, args=arguments)
+        return tyro.cli(
+            BenchOptions, default=default, prog="python -m loadtest.bench", description=_DESCRIPTION, args=arguments
+        )
     except LoadTestError as error:
         sys.stderr.write(f"bench: {error}\n")
         raise SystemExit(2) from None
-    if not options.quick:
-        return options
-    told = any(word.partition("=")[0] in ("--output-dir", "--output_dir") for word in arguments)
-    output_dir = options.output_dir if told else QUICK_DIR
-    return replace(options, rounds=1, seconds=1.0, warmup=0.3, output_dir=output_dir)

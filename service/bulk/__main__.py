@@ -30,7 +30,8 @@ examples:
 
 With --address the units run on that Ray cluster: the same release, IN, OUT and the bundle must be there under the same
 paths on each of its machines. If it asks for a token, Ray takes it from RAY_AUTH_MODE=token and RAY_AUTH_TOKEN.
-exit status: 0 all shards are there, 1 not all (the reason is on stderr), 2 wrong options
+exit status: 0 all shards are there, 1 not all (the reason is on stderr), 2 wrong options,
+130 interrupted: the same command goes on
 """
 
 
@@ -96,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     work.add_argument(
         "--concurrency", type=_positive, metavar="N", help="workers; default: one for each core, on CUDA for each GPU"
     )
-    work.add_argument("--batch-tokens", type=_positive, metavar="N", help="in one batch; default: 512, on CUDA 8192")
+    work.add_argument("--batch-tokens", type=_positive, metavar="N", help="in one batch; default: 256, on CUDA 8192")
     work.add_argument(
         "--address", metavar="HOST:PORT", help="a Ray cluster; default: one on this machine, for this job"
     )

@@ -43,8 +43,10 @@ def new_shard(path: Path, form: Format, labels: Sequence[str], columns: Columns)
             os.fsync(written.fileno())
         aside.replace(path)
     finally:
-        writer.close()
-        aside.unlink(missing_ok=True)
+        try:
+            writer.close()  # which a full disk refuses once more
+        finally:
+            aside.unlink(missing_ok=True)
 
 
 def kept_name(name: str) -> str:

@@ -599,7 +599,7 @@ def test_the_most_urgent_is_among_the_first_of_each_kind(
         }
         apart = [abs(waiting.length - leader.length) for waiting in near]
         assert apart == sorted(apart)
-        for place in choose_batch([waiting.length for waiting in near], 0, batch_tokens, CALL_TOKENS):
+        for place in choose_batch([waiting.length for waiting in near], batch_tokens, CALL_TOKENS):
             waiting = near[place]
             waiting.iterations += 1
             pool.begun(waiting)

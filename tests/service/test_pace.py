@@ -48,8 +48,9 @@ class Simulation:
     def turn(self, stalled: float = 0.0) -> None:
         texts = list(self.pool.texts.values())
         leader = most_urgent([self.now - text.arrived for text in texts], [text.work for text in texts])
-        places = choose_batch([text.length for text in texts], leader, BATCH_TOKENS, CALL_TOKENS)
-        batch = [texts[place] for place in places]
+        near = list(self.pool.near(texts[leader].length, CALL_TOKENS))
+        near.sort(key=lambda text: text is not texts[leader])  # it comes first
+        batch = [near[place] for place in choose_batch([text.length for text in near], BATCH_TOKENS, CALL_TOKENS)]
         padded = len(batch) * max(text.length for text in batch)
         began = self.now
         self.now += (padded + CALL_TOKENS) * TOKEN_SECONDS + stalled

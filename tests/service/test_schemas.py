@@ -87,6 +87,15 @@ def test_the_first_wrong_item_is_named_with_its_index_and_the_others_cost_nothin
     assert [error["field"] for error in refused({"inputs": ["a", 1, "b", None]})] == ["inputs[1]"]
 
 
+@pytest.mark.parametrize("inputs", ["a", ["a"]])
+def test_an_unknown_field_may_be_called_like_an_item(inputs: object) -> None:
+    assert [error["field"] for error in refused({"inputs": inputs, "inputs[0]": "b"})] == ["inputs[0]"]
+
+
+def test_a_list_without_texts_is_named_beside_a_field_called_like_an_item() -> None:
+    assert [error["field"] for error in refused({"inputs": [], "inputs[0]": "b"})] == ["inputs", "inputs[0]"]
+
+
 @pytest.mark.parametrize("body", [[], 1, "a", None])
 def test_a_body_that_is_no_object_is_refused(body: object) -> None:
     assert refused(body)[0]["field"] == "(body)"
