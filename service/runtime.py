@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 import structlog
 
@@ -36,13 +36,14 @@ from service.routing import Facts, Plan
 from service.serving import Changes, Serving, changes, load, plan, take_over
 from service.settings import Settings
 
-LOAD_SECONDS = 110.0  # for all bundles; the supervisor waits a little longer for a process that loads before it speaks
+LOAD_SECONDS = 110.0  # to find and load all bundles; the supervisor waits longer for one that loads before it speaks
 LINGER_SECONDS = 1.0  # after the last answer: kept-alive clients meet a 503 with `Connection: close`, not a reset
 LONGEST_BODIES = 64  # that may be in memory at once; of shorter ones more
 RETIRE_SECONDS = 0.05  # between two looks whether a model that was replaced is still needed
 
 GARBAGE = 200_000  # objects more than before, at which it is looked for: requests leave next to none
 
+Done = TypeVar("Done")
 FindBundles = Callable[[], Sequence[Bundle]]
 TakeIn = Callable[[int], None]
 """Counts so many bytes more of a request's body as in memory; QueueFull where there is no room for them."""
@@ -64,15 +65,17 @@ class Runtime:
         self.gave_up = False
         self.port_is_left = False  # whether new connections are for other processes, or for another service
         self._find, self._make = find, make
-        bundles = find()
+        self._hanging: threading.Thread | None = None  # the finding or loading that was given up
+        began = time.monotonic()
+        bundles = self._in_time(find, LOAD_SECONDS)
+        seconds_left = LOAD_SECONDS - (time.monotonic() - began)
         self.serving = plan(settings, bundles)
         self._in_flight: Counter[Serving] = Counter()  # requests by what was served when they came
         self._body_bytes = 0  # of the requests in flight, as far as they have come
         self._idle_since = 0.0
         self._drain_begins = math.inf
         self._reloading = threading.Lock()
-        self._hanging: threading.Thread | None = None  # the loading that was given up
-        self._loader = threading.Thread(target=self._load_first, args=(bundles,), name="load", daemon=True)
+        self._loader = threading.Thread(target=self._load_first, args=(bundles, seconds_left), name="load", daemon=True)
         self._retirement: threading.Thread | None = None
 
     def start(self) -> None:
@@ -97,44 +100,46 @@ class Runtime:
         """Whether requests are still welcome, but not for long."""
         return time.monotonic() < self._drain_begins < math.inf
 
-    def _load_first(self, bundles: Sequence[Bundle]) -> None:
+    def _load_first(self, bundles: Sequence[Bundle], seconds: float) -> None:
         try:
-            self._take_over(self._load(lambda: bundles))
+            self._take_over(self._in_time(lambda: self._load(bundles), seconds))
             _tidy_memory()
         except StartError as error:
             self.failure = error
         except Draining:
             pass
 
-    def _load(self, find: FindBundles) -> Serving:
-        """Find, plan and load in time, on a thread that can be given up: a disk or a graph may hang for good.
+    def _in_time(self, work: Callable[[], Done], seconds: float) -> Done:
+        """Find or load on a thread that can be given up: a disk or a graph may hang for good.
 
         Raises StartError, Draining.
         """
         if self._hanging is not None and self._hanging.is_alive():
             raise StartError("an earlier loading hangs, and was given up: only a restart ends it")
-        loaded: Future[Serving] = Future()
+        done: Future[Done] = Future()
 
-        def work() -> None:
+        def run() -> None:
             # New errors: those that were raised hold the frames that hold the models loaded so far.
             try:
-                bundles = find()
-                loaded.set_result(load(plan(self.settings, bundles), bundles, self.serving, self._load_one))
+                done.set_result(work())
             except Draining:
-                loaded.set_exception(Draining())
+                done.set_exception(Draining())
             except StartError as error:
-                loaded.set_exception(StartError(str(error)))
+                done.set_exception(type(error)(str(error)))
             except BaseException as error:  # noqa: BLE001  # whatever it is, the process must say it in a line
                 reason = f"loading failed: {type(error).__name__}: {error}".replace("\n", " ")
-                loaded.set_exception(StartError(reason))
+                done.set_exception(StartError(reason))
 
-        thread = threading.Thread(target=work, name="load bundles", daemon=True)
+        thread = threading.Thread(target=run, name="load bundles", daemon=True)
         thread.start()
         try:
-            return loaded.result(LOAD_SECONDS)
+            return done.result(seconds)
         except TimeoutError:
             self._hanging = thread
             raise StartError(f"loading has not ended after {LOAD_SECONDS:g} s: given up") from None
+
+    def _load(self, bundles: Sequence[Bundle]) -> Serving:
+        return load(plan(self.settings, bundles), bundles, self.serving, self._load_one)
 
     def _load_one(self, bundle: Bundle) -> Model:
         if self._drain_begins < math.inf:
@@ -152,7 +157,7 @@ class Runtime:
             if self._retirement is not None:
                 self._retirement.join()  # so that there are never three generations in memory
             try:
-                after = self._load(self._find)
+                after = self._in_time(lambda: self._load(self._find()), LOAD_SECONDS)
             except StartError as error:
                 self.metrics.models.reloaded("refused")
                 structlog.get_logger().error("reload failed", reason=str(error))

@@ -118,7 +118,7 @@ class Supervisor:
         await self._watch(worker)
         self._forget(worker)
         pid, status = worker.process.pid, worker.process.returncode
-        if status > 0:  # by itself
+        if worker.failure or status > 0:  # not by somebody's signal
             silent = f"a process ended with status {status} while it started; it said why above"
             self._check_start(slot, worker.failure or silent)
         if not self._stopping.is_set():
@@ -165,6 +165,8 @@ class Supervisor:
             self._hear(worker, line.decode().strip())
         else:
             self._log.error("a process stands still", slot=worker.slot, pid=worker.process.pid)
+            if worker.phase is None:
+                worker.failure = f"a process said nothing for {START_TICKS} s while it started, and was killed"
             worker.process.kill()
         worker.writer.close()
         try:

@@ -241,6 +241,8 @@ def test_a_wrong_option_is_refused(arguments: list[str], complaint: str, capsys:
 def test_quick_is_one_short_round() -> None:
     quick = parse(["--quick", "--connections", "1", "8"])
     assert (quick.rounds, quick.seconds, quick.connections) == (1, 1.0, (1, 8))
+    told_otherwise = parse(["--quick", "--rounds", "3"])
+    assert (told_otherwise.rounds, told_otherwise.seconds) == (3, 1.0)
     assert quick.output_dir != parse([]).output_dir
     for told in ("elsewhere", "docs/results"):
         assert parse(["--quick", "--output-dir", told]).output_dir == Path(told)

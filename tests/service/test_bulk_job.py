@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,7 +18,7 @@ from service.bulk.__main__ import main
 from service.bulk.classifier import Classifier, UnitWorker, result_fields
 from service.bulk.job import JOB_FILE, Asked, Job, alone_in, list_files, open_job
 from service.bulk.rows import BadText, Chunk
-from service.bulk.shards import new_shard
+from service.bulk.shards import JsonLinesWriter, ParquetWriter, new_shard
 from service.engine import CPU, CUDA
 from service.errors import BulkError
 from service.schemas import Options
@@ -191,6 +192,24 @@ def test_a_shard_has_its_name_only_when_it_is_whole(form: Any, tmp_path: Path) -
         writer.write(chunk, fields)
         assert not path.exists()
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_a_full_disk_is_not_left_with_half_a_shard(form: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writes: Any = JsonLinesWriter if form == "jsonl" else ParquetWriter
+    close = writes.close
+
+    def refuse(self: object) -> None:
+        close(self)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writes, "close", refuse)
+    with (
+        pytest.raises(OSError, match="No space"),
+        new_shard(tmp_path / "part", form, ["no", "yes"], ["text"]) as writer,
+    ):
+        writer.write(Chunk(["a"], [{"text": "a"}]), [result_fields(BadText("empty"))])
+    assert not list(tmp_path.iterdir())
 
 
 def read_shards(out: Path) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from fastapi.testclient import TestClient
 
 from service.app import create_app
 from service.bundle import MANIFEST, Bundle
-from service.errors import BundleError, Draining
+from service.errors import BundleError, Draining, StartError
 from service.jobs import Answer, Text
 from service.loading import Model
 from service.manifest import Manifest, content_version
@@ -61,6 +61,7 @@ class Shelf:
             lambda bundle, settings: self.make(bundle),
             self.tell,
         )
+        self.state = app.state
         self.runtime: Runtime = app.state.runtime
         with TestClient(app, raise_server_exceptions=False, headers=KEY) as client:
             try:
@@ -69,6 +70,10 @@ class Shelf:
             finally:
                 for engine in self.engines:
                     engine.gate.set()
+
+    def reloading(self) -> bool:
+        """Whether a reload that was asked for over HTTP has begun."""
+        return self.state.reload is not None and self.state.reload.running()
 
     def make(self, bundle: Bundle) -> FakeEngine:
         if bundle.manifest.version in self.bad:
@@ -184,6 +189,14 @@ def test_a_disk_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(shelf.runtime, "_find", lambda: hanging.wait(60) and shelf.bundles)
         assert "loading has not ended" in client.post("/reload").json()["detail"]
         hanging.set()
+
+
+def test_a_disk_that_hangs_at_a_start_is_given_up_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.runtime.LOAD_SECONDS", 0.3)
+    hanging = Event()
+    with pytest.raises(StartError, match=r"^loading has not ended after 0\.3 s: given up$"):
+        Runtime(Settings(), lambda: hanging.wait(60) and [], lambda bundle, settings: FakeEngine())
+    hanging.set()
 
 
 def test_a_start_that_hangs_is_given_up_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,6 +351,22 @@ def test_where_nothing_is_set_the_only_model_answers_as_at_a_start() -> None:
         assert answering(client) == "domain-baseline@0123456789ab"
         (warning,) = [line for line in logged if line["log_level"] == "warning"]
         assert (warning["routing"], warning["default_task"]) == ("fixed:baseline", "domain")
+
+
+def test_who_asks_while_a_reload_runs_shares_one_that_comes_after_it() -> None:
+    shelf = Shelf([bundle(version="a" * 12)])
+    with shelf.serve() as client, ThreadPoolExecutor() as pool:
+        hanging = shelf.hang["b" * 12] = Event()
+        shelf.bundles[:] = [bundle(version="b" * 12)]
+        first = pool.submit(client.post, "/reload")
+        wait_until(shelf.reloading)
+        later = [pool.submit(client.post, "/reload") for _ in range(5)]
+        time.sleep(0.3)  # until all have asked
+        hanging.set()
+        assert first.result(timeout=10).json()["loaded"] == ["sentiment-recurrent@" + "b" * 12]
+        for answer in later:
+            assert answer.result(timeout=10).json()["kept"] == ["sentiment-recurrent@" + "b" * 12]
+        assert outcomes(shelf) == {"taken": 1, "unchanged": 1, "refused": 0}
 
 
 def test_one_reload_after_the_other() -> None:
