@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from loadtest import target, texts
 from loadtest.bench import probes, processes, workers
 from loadtest.bench.connection import GIVE_UP_SECONDS
-from loadtest.bench.options import BenchOptions, ModeName
+from loadtest.bench.options import FIXED, BenchOptions, ModeName
 from loadtest.bench.probes import Probes
 from loadtest.bench.subject import RAW, Answered, Target
 from loadtest.recording import Recording, has_enough, percentiles
@@ -47,9 +47,8 @@ def plan(options: BenchOptions) -> list[Cell]:
     """The cells of a round. The raw runtime at fixed depth is the measure of early exit too, which has none itself."""
     cells: list[Cell] = []
     for mode in options.modes:
-        fixed: ModeName = "baseline" if mode == "baseline" else "recurrent"
         by_kind = {
-            "raw": [Cell("raw", fixed)],
+            "raw": [Cell("raw", FIXED[mode])],
             "bare": [Cell("bare", mode)],
             "lists": [Cell("lists", mode, options.busy_connections)],
             "single": [Cell("single", mode, connections) for connections in options.connections],

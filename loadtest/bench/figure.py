@@ -7,9 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from loadtest.bench.options import BenchOptions, ModeName
+from loadtest.bench.options import FIXED, BenchOptions, ModeName
 from loadtest.bench.run import Results
-from loadtest.bench.summary import FIXED, Summary
+from loadtest.bench.summary import Summary
 from loadtest.tables import Spread, number
 
 COLOURS: dict[ModeName, str] = {"recurrent": "#0072b2", "early-exit": "#009e73", "baseline": "#e69f00"}

@@ -3,7 +3,7 @@
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -17,6 +17,9 @@ from loadtest.options import Options as ServiceOptions
 
 ModeName = Literal["recurrent", "early-exit", "baseline"]
 CellKind = Literal["raw", "bare", "lists", "single", "mixed"]
+
+FIXED: Mapping[ModeName, ModeName] = {"recurrent": "recurrent", "early-exit": "recurrent", "baseline": "baseline"}
+"""Each mode's model: its architecture, which is also the mode in which it runs at fixed depth."""
 
 _DESCRIPTION = """\
 Measures how near the service comes to the raw runtime, what early exit brings, and what the recurrent model brings

@@ -12,10 +12,10 @@ from tqdm import tqdm
 from loadtest import target
 from loadtest.bench import cells, overload, processes
 from loadtest.bench.cells import Cell, Measured
-from loadtest.bench.options import BenchOptions
+from loadtest.bench.options import FIXED, BenchOptions
 from loadtest.bench.overload import Overload
 from loadtest.bench.processes import Memory
-from loadtest.bench.subject import ARCHITECTURE, Samples, Target, answer, find_model, load_samples
+from loadtest.bench.subject import Samples, Target, answer, find_model, load_samples
 from loadtest.errors import LoadTestError
 
 
@@ -66,17 +66,17 @@ def run(options: BenchOptions, folder: Path) -> Results:
     results, samples = Results(), load_samples(options)
     with ExitStack() as stack:
         targets: dict[str, Target] = {}
-        for architecture in dict.fromkeys(ARCHITECTURE[mode] for mode in options.modes):
+        for architecture in dict.fromkeys(FIXED[mode] for mode in options.modes):
             started = stack.enter_context(_started(architecture, options, samples, folder, results))
             targets[architecture] = started
         results.texts = f"{_described(next(iter(targets.values())))}; {samples.source}"
         results.accuracies = _accuracies(targets, options)
         for cell, number in _turns(options):
-            results.measured.append(cells.measure(cell, number, targets[ARCHITECTURE[cell.mode]], options, folder))
+            results.measured.append(cells.measure(cell, number, targets[FIXED[cell.mode]], options, folder))
         if options.overload:
             first = options.modes[0]
             try:
-                results.overload = overload.measure(first, targets[ARCHITECTURE[first]], options, folder)
+                results.overload = overload.measure(first, targets[FIXED[first]], options, folder)
             except LoadTestError as error:  # what was measured before is kept
                 results.faults.append(f"overload: {error}")
         results.footprints = {name: _footprint(one) for name, one in targets.items()}
@@ -129,7 +129,7 @@ def _described(one: Target) -> str:
 def _accuracies(targets: dict[str, Target], options: BenchOptions) -> list[Accuracy]:
     found = []
     for mode in options.modes:
-        subject = targets[ARCHITECTURE[mode]]
+        subject = targets[FIXED[mode]]
         threshold = cells.threshold(mode, subject, options)
         for name, answered in (("short", subject.short), ("long", subject.long)):
             taken = answered.taken(threshold)

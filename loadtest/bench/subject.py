@@ -1,20 +1,19 @@
 """What is measured and with which texts: the modes, the bundles behind them, and the answer that each text must get."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from loadtest import texts
 from loadtest.bench import workers
-from loadtest.bench.options import BenchOptions, ModeName
+from loadtest.bench.options import BenchOptions
 from loadtest.bench.processes import Memory
 from loadtest.errors import LoadTestError
 from loadtest.texts import Sample
 
 RAW = "loadtest.bench.raw"
-ARCHITECTURE: Mapping[ModeName, str] = {"recurrent": "recurrent", "early-exit": "recurrent", "baseline": "baseline"}
 LONG_TEXTS = 200
 """Of a file with more, the first."""
 _ANSWER_SECONDS = 300.0

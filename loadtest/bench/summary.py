@@ -4,11 +4,8 @@ from collections.abc import Callable, Sequence
 from operator import sub, truediv
 
 from loadtest.bench.cells import Cell, Measured
-from loadtest.bench.options import ModeName
+from loadtest.bench.options import FIXED, ModeName
 from loadtest.tables import Spread
-
-FIXED: dict[ModeName, ModeName] = {"recurrent": "recurrent", "early-exit": "recurrent", "baseline": "baseline"}
-"""The mode whose raw cell is the ceiling of this one: the same model at fixed depth."""
 
 _PAIRS: tuple[tuple[ModeName, ModeName], ...] = (
     ("early-exit", "recurrent"),
