@@ -344,7 +344,9 @@ def test_what_it_cost_is_recorded(kept: Path, language_model: Path, tmp_path: Pa
     assert (found["stage"], found["dataset"], found["architecture"]) == ("states", "easy", language_model.name)
     assert found["tokens_per_second"]["median"] > 0
     assert main(["record", str(kept), f"--output={tmp_path / 'cost'}"]) == 0
-    assert f"| states | easy | {language_model.name} |" in (tmp_path / "cost.md").read_text()
+    row = (tmp_path / "cost.md").read_text().splitlines()[-1]
+    texts = str(json.loads((kept / "config.json").read_text())["provenance"]["texts"]["train"])
+    assert [cell.strip() for cell in row.split("|")[1:5]] == ["states", "easy", texts, language_model.name]
 
 
 def test_a_broken_block_is_named(kept: Path, tmp_path: Path) -> None:
