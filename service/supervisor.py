@@ -165,7 +165,7 @@ class Supervisor:
             self._hear(worker, line.decode().strip())
         else:
             self._log.error("a process stands still", slot=worker.slot, pid=worker.process.pid)
-            if worker.phase is None:
+            if worker.phase is None and worker.failure is None:
                 worker.failure = f"a process said nothing for {START_TICKS} s while it started, and was killed"
             worker.process.kill()
         worker.writer.close()

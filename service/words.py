@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
-MOST_WORDS = 20_000  # in memory: 3 MB
+MOST_WORDS = 20_000  # in memory: 3 MB of ordinary ones, 8 at worst, for each bundle
 LONGEST_WORD = 32  # letters; a longer one is rare, and dear to keep
 NEW_WORDS = 8  # of one text; of more of them the tokenizer makes ids faster, all at once
 ODD = re.compile(r"[^\t\n\r -~]")

@@ -355,13 +355,13 @@ def test_where_nothing_is_set_the_only_model_answers_as_at_a_start() -> None:
 
 def test_who_asks_while_a_reload_runs_shares_one_that_comes_after_it() -> None:
     shelf = Shelf([bundle(version="a" * 12)])
-    with shelf.serve() as client, ThreadPoolExecutor() as pool:
+    with shelf.serve() as client, ThreadPoolExecutor(max_workers=6) as pool:
         hanging = shelf.hang["b" * 12] = Event()
         shelf.bundles[:] = [bundle(version="b" * 12)]
         first = pool.submit(client.post, "/reload")
         wait_until(shelf.reloading)
         later = [pool.submit(client.post, "/reload") for _ in range(5)]
-        time.sleep(0.3)  # until all have asked
+        time.sleep(1.0)  # until all have asked
         hanging.set()
         assert first.result(timeout=10).json()["loaded"] == ["sentiment-recurrent@" + "b" * 12]
         for answer in later:

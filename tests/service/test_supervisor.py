@@ -22,12 +22,12 @@ from service.process_tree import PIDS
 from service.settings import Settings
 from service.supervisor import Supervisor, pause_after
 
-# Says that it is ready, or with `starts` only that it starts, or nothing when `silent`; is gone at once with `ends`;
-# else waits to be ended, and makes a file when it knows that the others are ready.
+# Says that it is ready, or with `starts` only that it starts, with `failed` why not, when `silent` nothing; is gone at
+# once with `ends`; else waits to be ended, and makes a file when it knows that the others are ready.
 PROGRAM = """
 import pathlib, socket, sys
 line, order, script, file = socket.socket(fileno=int(sys.argv[1])), *sys.argv[2:]
-line.send({"starts": b"starting\\n", "silent": b""}.get(script, b"ready\\n"))
+line.send({"starts": b"starting\\n", "silent": b"", "failed": b'failed "no such bundle"\\n'}.get(script, b"ready\\n"))
 said = b"all ready" if order == "late" else b""
 while script != "ends":
     if b"all ready" in said:
@@ -154,13 +154,17 @@ def test_a_service_that_cannot_start_a_process_at_all_says_so_and_leaves_none(ot
     assert all(process.poll() is not None for process in machine.started)
 
 
-def test_a_service_whose_process_never_says_a_word_ends_and_says_so(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [("silent", "a process said nothing for 2 s while it started, and was killed"), ("failed", "no such bundle")],
+)
+def test_a_service_whose_process_stands_still_while_it_starts_ends_and_says_why(
+    script: str, reason: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(service.supervisor, "START_TICKS", 2)
     monkeypatch.setattr(service.supervisor, "TICK_SECONDS", 0.05)
-    machine.scripts = {"0": ["silent"] * 9}
-    with pytest.raises(StartError, match=r"^a process said nothing for 2 s while it started, and was killed$"):
+    machine.scripts = {slot: [script] * 9 for slot in ("0", "1")}
+    with pytest.raises(StartError, match=rf"^{reason}$"):
         supervise(machine, lambda: False)
 
 
