@@ -88,12 +88,10 @@ def make_job(asked: Asked) -> Job:
 def _columns(unit: Unit, asked: Asked) -> Columns:
     """The columns that rows without types are written to."""
     try:
-        names = column_names(unit)
+        names = [asked.column] if unit.kind == "txt" else column_names(unit)
         if names is not None:
             check_columns(unit.file, names, asked.column, asked.keep)
             return [] if unit.kind == "parquet" else names if asked.keep is None else asked.keep
-        if unit.kind == "txt":
-            return [asked.column] if asked.keep is None else []
         own = [name for name in first_object(unit) if name != REST and is_unicode(name)]
         return [*own, None] if asked.keep is None else asked.keep
     except (OSError, EOFError, zlib.error, csv.Error, ValueError) as error:

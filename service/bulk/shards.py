@@ -104,10 +104,10 @@ class ParquetWriter:
         import pyarrow.parquet as pq
 
         kept = self._as_text(chunk.kept) if isinstance(chunk.kept, list) else pa.Table.from_batches([chunk.kept])
-        table = kept.rename_columns([kept_name(name) for name in kept.column_names])
+        columns = {kept_name(name): column for name, column in zip(kept.column_names, kept.columns, strict=True)}
         for field in self._results:
-            values = [result[field.name] for result in fields]
-            table = table.append_column(field, pa.array(values, field.type))
+            columns[field.name] = pa.array([result[field.name] for result in fields], field.type)
+        table = pa.table(columns)
         if self._writer is None:
             self._writer = pq.ParquetWriter(self._path, table.schema)
         self._writer.write_table(table)

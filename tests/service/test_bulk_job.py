@@ -18,7 +18,7 @@ from service.bulk.__main__ import main
 from service.bulk.classifier import Classifier, UnitWorker, result_fields
 from service.bulk.job import JOB_FILE, Asked, Job, alone_in, list_files, open_job
 from service.bulk.rows import BadText, Chunk
-from service.bulk.shards import JsonLinesWriter, ParquetWriter, new_shard
+from service.bulk.shards import RESULT_FIELDS, JsonLinesWriter, ParquetWriter, new_shard
 from service.engine import CPU, CUDA
 from service.errors import BulkError
 from service.schemas import Options
@@ -285,6 +285,36 @@ def test_what_is_no_column_of_a_parquet_shard_is_among_the_other_fields(
     assert work([str(tmp_path / "a.jsonl"), str(tmp_path / "out"), "--format", "parquet"], monkeypatch) == 0
     others = [json.loads(row["other_fields"]) for row in read_shards(tmp_path / "out")]
     assert others == [{"other_fields": {"a": 1}, "\ud800": 2}, {"other_fields": 3}]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+@pytest.mark.parametrize(
+    ("name", "content", "keep", "kept"),
+    [
+        ("a.csv", "id,text\n1,a film\n", "", {}),
+        ("a.jsonl", '{"id": "1", "text": "a film"}\n', "", {}),
+        ("a.txt", "a film\n", "", {}),
+        ("a.txt", "a film\n", "text", {"text": "a film"}),
+        ("a.csv", "id,text\n1,a film\n", "id", {"id": "1"}),
+    ],
+)
+def test_what_is_not_to_be_kept_is_left_out(
+    name: str, content: str, keep: str, kept: dict[str, str], form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).write_text(content)
+    arguments = [str(tmp_path / name), str(tmp_path / "out"), "--keep", keep, "--format", form]
+    assert work(arguments, monkeypatch) == 0
+    (row,) = read_shards(tmp_path / "out")
+    assert {name: value for name, value in row.items() if name not in RESULT_FIELDS} == kept
+    assert (row["label"], row["error"]) == ("positive", None)
+
+
+def test_a_plain_text_file_has_one_column(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("a film\n")
+    assert work([str(tmp_path / "a.txt"), str(tmp_path / "out"), "--keep", "id"], monkeypatch) == 1
+    assert "a.txt: no column 'id', only 'text'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("keep", [None, "id"])
