@@ -2,11 +2,11 @@
 
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tqdm import tqdm
 
-from loadtest import report
+from loadtest import machine, report
 from loadtest.command_line import parse
 from loadtest.errors import LoadTestError
 from loadtest.options import Options
@@ -21,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The process's exit status; see `--help`."""
     options = parse(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the children as Ctrl-C does
+    about = machine.describe()  # now: what is checked out may be another commit in the end
     try:
         rounds = _all_rounds(options)
     except LoadTestError as error:
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("loadtest: interrupted; the processes it started have ended, no report was written", file=sys.stderr)
         return 130
-    _report(rounds, options)
+    _report(rounds, options, about)
     if any(one.failed for one in rounds):
         return 1
     return GENERATOR_WAS_THE_LIMIT if any(one.generator_limited for one in rounds) else 0
@@ -53,10 +54,10 @@ def _all_rounds(options: Options) -> list[Round]:
     return rounds
 
 
-def _report(rounds: Sequence[Round], options: Options) -> None:
+def _report(rounds: Sequence[Round], options: Options, about: Mapping[str, str]) -> None:
     from loadtest import figure  # takes a second to import, which --help should not
 
-    written = report.write(rounds, options, figure.draw(rounds, options))
+    written = report.write(rounds, options, about, figure.draw(rounds, options))
     summary = summarise(rounds)
     for load in options.loads():
         print(f"\n{load.title}\n{report.table(summary, load.name, report.rows(load))}")

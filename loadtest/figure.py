@@ -115,13 +115,13 @@ def _curves(panel: Axes, own: Sequence[Measured], load: Load) -> None:
 
 
 def _course(panel: Axes, own: Sequence[Measured], load: Load) -> None:
-    _title(panel, f"Second by second: {load.title}", "p99, ms")
+    _title(panel, f"Second by second: {load.title}", "slowest, ms")
     panel.set_xlabel("seconds; grey: answered requests/s")
     rates = panel.twinx()
     for one in own:
         seconds = [moment["second"] for moment in one.course]
         rates.plot(seconds, [moment["answered"] for moment in one.course], color="#999", alpha=0.4, linewidth=1)
-        panel.plot(seconds, [moment["p99_ms"] for moment in one.course], color=COLOURS[one.subject], linewidth=1.6)
+        panel.plot(seconds, [moment["slowest_ms"] for moment in one.course], color=COLOURS[one.subject], linewidth=1.6)
     rates.set_ylim(bottom=0)
     rates.set_ylabel("requests/s", color="#777")
     rates.spines[["top", "left"]].set_visible(False)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from loadtest.driver import Driven
 from loadtest.job import NOT_SENT, Answer
 from loadtest.options import Load, Options
-from loadtest.recording import has_enough, percentiles
+from loadtest.recording import has_enough, latencies, percentiles
 from loadtest.target import Metrics
 
 PERCENTS = (50, 90, 95, 99, 99.9)
@@ -15,7 +15,7 @@ ALL_OURS = 0.05
 """The service's own count of answers may differ from ours by this share; else its figures are of other requests too."""
 _MEMORY = "process_resident_memory_bytes"
 _CPU = "process_cpu_seconds_total"
-_REFUSALS = ("HTTP 429", "HTTP 503", "HTTP 504", NOT_SENT)
+_REFUSALS = ("HTTP 429", "HTTP 503 too_many_connections", "HTTP 504", NOT_SENT)
 
 
 def is_refusal(failure: str) -> bool:
@@ -34,25 +34,20 @@ def figures_of(
         best = max(held, key=lambda step: step.rate, default=None)
         rate = best.rate if best else 0.0  # left out, a round in which none held would raise the median of the others
         figures |= {"level_requests_per_second": rate, "level_texts_per_second": rate * load.list_size}
-        if best and best.p50_ms is not None:
-            figures["level_p50_ms"] = best.p50_ms
+        if best and best.p50_ms is not None and best.late_p99_ms is not None:
+            figures |= {"level_p50_ms": best.p50_ms, "late_p99_ms": best.late_p99_ms}
     elif trace.answers:
         rate = len(trace.answers) / trace.seconds
         figures |= {"requests_per_second": rate, "texts_per_second": rate * load.list_size}
-        figures |= latencies(trace.answers)
-    if load.arrivals != "users" and trace.answers:
-        (figures["late_p99_ms"],) = percentiles([one.late_ms for one in trace.answers], [99])
+        figures |= latencies([one.milliseconds for one in trace.answers], PERCENTS)
+        if load.arrivals != "users":
+            (figures["late_p99_ms"],) = percentiles([one.late_ms for one in trace.answers], [99])
     figures |= cpu_figures(driven, load.list_size, options)
     each = {name: [one for one in trace.answers if one.architecture == name] for name in architectures}
     apart = len(architectures) > 1 and load.shape != "step"
-    return figures, {name: latencies(own) for name, own in each.items() if own and apart}
-
-
-def latencies(answers: Sequence[Answer]) -> dict[str, float]:
-    """p50_ms to p99.9_ms, those for which there are answers enough: one beyond them at least."""
-    known = [percent for percent in PERCENTS if has_enough(percent, len(answers))]
-    found = percentiles([one.milliseconds for one in answers], known)
-    return {f"p{percent:g}_ms": value for percent, value in zip(known, found, strict=True)}
+    return figures, {
+        name: latencies([one.milliseconds for one in own], PERCENTS) for name, own in each.items() if own and apart
+    }
 
 
 def curve(answers: Sequence[Answer]) -> list[float]:
@@ -62,14 +57,14 @@ def curve(answers: Sequence[Answer]) -> list[float]:
 
 
 def course(answers: Sequence[Answer]) -> list[dict[str, float]]:
-    """For each second in which answered requests were due: how many, and their p50 and p99."""
+    """For each second in which answered requests were due: how many, their p50, and the slowest."""
     seconds: dict[int, list[float]] = {}
     for one in answers:
         seconds.setdefault(int(one.due), []).append(one.milliseconds)
     told = []
     for second, values in sorted(seconds.items()):
-        p50, p99 = percentiles(values, (50, 99))
-        told.append({"second": second, "answered": len(values), "p50_ms": p50, "p99_ms": p99})
+        (p50,) = percentiles(values, [50])
+        told.append({"second": second, "answered": len(values), "p50_ms": p50, "slowest_ms": max(values)})
     return told
 
 

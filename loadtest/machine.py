@@ -10,6 +10,8 @@ from pathlib import Path
 import psutil
 
 _PACKAGES = ("onnxruntime", "onnxruntime-gpu", "tokenizers", "numpy", "uvicorn", "uvloop", "httptools", "fastapi")
+_NOT_TOLD = ("REFRAIN_API_KEYS", "REFRAIN_ARCHITECTURES", "REFRAIN_ROUTING", "REFRAIN_HOST", "REFRAIN_PORT")
+"""A secret, and what the load test sets itself."""
 
 
 def short() -> str:
@@ -21,10 +23,13 @@ def in_words(about: Mapping[str, str]) -> str:
 
 
 def describe() -> dict[str, str]:
-    """Cores, CPU, memory, versions and commit; what is not known is left out."""
+    """Cores, CPU, memory, versions, commit, and settings that a service started here has from the environment.
+
+    What is not known is left out.
+    """
     memory = f"{psutil.virtual_memory().total / 2**30:.0f} GiB"
     found = {"machine": short(), "usable cores": str(len(os.sched_getaffinity(0))), "memory": memory}
-    found |= {"CPU": _cpu(), "kernel": platform.release(), "commit": _commit()}
+    found |= {"CPU": _cpu(), "kernel": platform.release(), "commit": _commit(), "settings": _settings()}
     return {name: value for name, value in found.items() if value} | _versions()
 
 
@@ -46,6 +51,11 @@ def _commit() -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
     return hash_.stdout.decode().strip() + ("+" if changes.stdout.strip() else "")
+
+
+def _settings() -> str:
+    told = {name: value for name, value in sorted(os.environ.items()) if name.startswith("REFRAIN_")}
+    return " ".join(f"{name}={value}" for name, value in told.items() if name not in _NOT_TOLD)
 
 
 def _versions() -> dict[str, str]:

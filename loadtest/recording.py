@@ -41,6 +41,13 @@ def percentiles(values: Sequence[float], percents: Sequence[float]) -> list[floa
     return [ordered[-(-round(10 * percent) * len(ordered) // 1000) - 1] for percent in percents]
 
 
+def latencies(milliseconds: Sequence[float], percents: Sequence[float], prefix: str = "") -> dict[str, float]:
+    """`p50_ms` and so on: those of the percents for which there are answers enough."""
+    known = [percent for percent in percents if has_enough(percent, len(milliseconds))]
+    found = percentiles(milliseconds, known)
+    return {f"{prefix}p{percent:g}_ms": value for percent, value in zip(known, found, strict=True)}
+
+
 def has_enough(percent: float, values: int) -> bool:
     """Whether so many values tell this percentile: at least one lies beyond it, else it would be the largest."""
     return values * (1000 - round(10 * percent)) >= 1000

@@ -3,7 +3,7 @@
 import base64
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from loadtest.verdict import Verdict, verdict
 
 TITLE = "Load test: recurrent and baseline"
 FIGURE = "loadtest.png"
-OTHER_CORES = 0.3
+OTHER_CORES = 0.1
 """Busy with other work on this machine from which on the figures are not the service's own."""
 _PAGE = Path(__file__).with_name("page.html")
 
@@ -40,13 +40,14 @@ STEP_ROWS = (
     Row("level_texts_per_second", "texts/s within the service level"),
     Row("level_p50_ms", "p50 there, ms"),
 )
+OTHERS = Row("other_cores", "busy cores, everything else")
 COSTS = (
     Row("cpu_seconds_per_million_texts", "CPU seconds per million texts"),
     Row("cost_per_million_texts", "cost of a million texts"),
     Row("mean_iterations", "iterations of a text"),
     Row("service_cores", "busy cores, service"),
     Row("generator_cores", "busy cores, load generator"),
-    Row("other_cores", "busy cores, everything else"),
+    OTHERS,
 )
 LATE = Row("late_p99_ms", "sent late by (p99), ms")
 MEMORY_ROWS = (
@@ -61,7 +62,7 @@ def rows(load: Load) -> list[Row]:
     """The figures that a load has, in their order."""
     late = [] if load.arrivals == "users" else [LATE]
     if load.shape == "step":
-        return [*STEP_ROWS, *late]
+        return [*STEP_ROWS, *late, OTHERS]
     return [*RATES[load.list_size == 1 :], *LATENCIES, *COSTS, *late]
 
 
@@ -115,20 +116,18 @@ def notes(rounds: Sequence[Round], options: Options) -> list[str]:
     """What a reader of the tables has to know before believing them: failures first."""
     said = []
     for one in rounds:
-        where = f"{one.subject}, round {one.number}"
         for measured in one.measured:
-            said += [
-                f"{where}, {measured.load}: {count} requests failed: {reason}"
-                for reason, count in measured.failures.items()
-            ]
-        said += [f"{where}: {one.stop_fault}"] if one.stop_fault else []
+            said += [f"{_where(measured)}: {n} requests failed: {reason}" for reason, n in measured.failures.items()]
+        said += [f"{one.subject}, round {one.number}: {one.stop_fault}"] if one.stop_fault else []
     said += [_limit(measured, options) for one in rounds for measured in one.measured if measured.generator_limited]
     if busy := [one for each in rounds for one in each.measured if one.figures.get("other_cores", 0.0) > OTHER_CORES]:
-        most = max(one.figures["other_cores"] for one in busy)
+        where = "; ".join(f"{_where(one)}: {number(one.figures['other_cores'])}" for one in busy)
         said.append(
-            f"The machine had other work: up to {number(most)} cores were busy with neither the service nor the load "
-            "generator. On a quiet one the figures are better; what is compared here had the same to bear."
+            "The machine had other work: cores that were busy with neither the service nor the load generator "
+            f"({where}). On a quiet machine the figures of these would be better."
         )
+    if options.rounds == 1:
+        said.append("One round: how far the figures vary from one to the next is not known.")
     if any("cpu_seconds_per_million_texts" not in measured.figures for one in rounds for measured in one.measured):
         said.append(
             "CPU time and cost are left out where /metrics could not be read, or did not count this load test's "
@@ -139,8 +138,12 @@ def notes(rounds: Sequence[Round], options: Options) -> list[str]:
     return said
 
 
+def _where(measured: Measured) -> str:
+    return f"{measured.subject}, round {measured.round}, {measured.load}"
+
+
 def _limit(measured: Measured, options: Options) -> str:
-    where = f"{measured.subject}, round {measured.round}, {measured.load}"
+    where = _where(measured)
     step = limiting(measured.steps, options.service_level_ms) if measured.steps else None
     if step and step.holds(options.service_level_ms):
         return f"{where}: the service level held up to the highest rate tried, {number(step.rate)} requests/s"
@@ -154,7 +157,7 @@ def _limit(measured: Measured, options: Options) -> str:
     )
 
 
-def conditions(options: Options) -> str:
+def conditions(options: Options, about: Mapping[str, str]) -> str:
     """The load and the machine in a few sentences."""
     lengths = "film-review sentences, a tenth reviews of 100 to 300 words"
     composed = f"texts as long as {lengths if options.lengths == 'mixed' else 'film-review sentences'}"
@@ -162,7 +165,7 @@ def conditions(options: Options) -> str:
     own = "One running service" if options.host else "Services on the load generator's machine, warm"
     left = "each model's own" if options.exit_threshold is None else f"{options.exit_threshold:g}"
     rounds = "1 round" if options.rounds == 1 else f"{options.rounds} rounds, alternating"
-    here = f"Load generator on {machine.short()}" if options.host else machine.in_words(machine.describe())
+    here = f"Load generator on {machine.short()}" if options.host else machine.in_words(about)
     return f"Task {options.task}; {sent}; exit threshold: {left}. {own}; {rounds}. {here}."
 
 
@@ -173,16 +176,17 @@ def legend(options: Options) -> str:
         "from when a request was due. Within the service level: the highest rate of arrivals with p99 under "
         f"{options.service_level_ms:g} ms and every request answered, in one of {TRIES} tries and to within "
         f"{PRECISION - 1:.0%}; 0 where no rate tried had that. Cost: CPU time at "
-        f"{options.cost_per_core_hour:g} US dollars for a core and hour, an assumption; idle cores are not counted. MB "
-        "are millions of bytes."
+        f"{options.cost_per_core_hour:g} US dollars for a core and hour, an assumption; idle cores are not counted. "
+        "Process memory is RSS, which counts pages that the service's processes share once for each of them; model "
+        "memory the bytes of the graphs' files, in all of them. MB are millions of bytes."
     )
 
 
-def as_markdown(rounds: Sequence[Round], options: Options) -> str:
+def as_markdown(rounds: Sequence[Round], options: Options, about: Mapping[str, str]) -> str:
     summary = summarise(rounds)
     beware = _bullets(notes(rounds, options))
     parts = [f"# {TITLE}", as_lines(verdict(summary, options)), beware and f"Before believing it:\n\n{beware}"]
-    parts.append(conditions(options))
+    parts.append(conditions(options, about))
     parts += [_bullets(_models(rounds)), overview(summary, options.loads(), options.service_level_ms)]
     parts.append(f"![{TITLE}]({FIGURE})")
     for load in options.loads():
@@ -202,12 +206,12 @@ def as_html(markdown: str, figure: bytes) -> str:
     return page.replace("{{title}}", html.escape(TITLE)).replace("{{body}}", body)
 
 
-def as_content(rounds: Sequence[Round], options: Options) -> str:
+def as_content(rounds: Sequence[Round], options: Options, about: Mapping[str, str]) -> str:
     """Everything as JSON: the load, the machine, the verdict, the figures over the rounds, and each round."""
     summary = summarise(rounds)
     content = {
         "command": options.command(),
-        "machine": machine.describe(),
+        "machine": about,
         "service_level_ms": options.service_level_ms,
         "loads": [asdict(load) for load in options.loads()],
         "verdict": verdict(summary, options),
@@ -219,14 +223,14 @@ def as_content(rounds: Sequence[Round], options: Options) -> str:
     return json.dumps(content, indent=1) + "\n"
 
 
-def write(rounds: Sequence[Round], options: Options, figure: bytes) -> list[Path]:
-    """Writes loadtest.json, .md, .html and .png into the output directory; their paths."""
+def write(rounds: Sequence[Round], options: Options, about: Mapping[str, str], figure: bytes) -> list[Path]:
+    """Writes loadtest.json, .md, .html and .png into the output directory; their paths. `about` the machine."""
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    markdown = as_markdown(rounds, options)
+    markdown = as_markdown(rounds, options, about)
     contents = {
         "loadtest.md": markdown.encode(),
         "loadtest.html": as_html(markdown, figure).encode(),
-        "loadtest.json": as_content(rounds, options).encode(),
+        "loadtest.json": as_content(rounds, options, about).encode(),
         FIGURE: figure,
     }
     for name, content in contents.items():

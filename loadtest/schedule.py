@@ -1,9 +1,8 @@
 """When requests are due, or how many users there are, decided beforehand: pure functions of shape and seed."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count
 from math import sqrt
 from typing import Literal
 
@@ -60,23 +59,16 @@ def level_at(shape: Sequence[Stage], seconds: float) -> float | None:
 def arrivals(shape: Sequence[Stage], *, poisson: bool, seed: int | str) -> list[float]:
     """Rising times in seconds at which requests are due, at least 0 and below the shape's length.
 
-    Arrivals at rate 1, random or evenly spaced, are mapped through the inverse of the shape's integral, which gives any
-    shape its own rate exactly.
+    As many as the shape's integral says, random or evenly spaced on it, are mapped through its inverse, which gives any
+    shape its own rate exactly: of a Poisson process, given how many arrive, each arrival is uniform by itself.
     """
-    random_gaps = random.Random(seed)
-    spaced = _accumulated(random_gaps) if poisson else (number + 0.5 for number in count())
-    times, began, passed = [], 0.0, 0.0
-    area = next(spaced)
+    whole = sum(stage.area for stage in shape)
+    many, rng = round(whole), random.Random(seed)
+    areas = sorted(rng.uniform(0, whole) for _ in range(many)) if poisson else [n + 0.5 for n in range(many)]
+    times, began, passed, due = [], 0.0, 0.0, 0
     for stage in shape:
-        while area - passed < stage.area:
-            times.append(began + stage.when(area - passed))
-            area = next(spaced)
+        while due < many and areas[due] - passed < stage.area:
+            times.append(began + stage.when(areas[due] - passed))
+            due += 1
         began, passed = began + stage.seconds, passed + stage.area
     return times
-
-
-def _accumulated(random_gaps: random.Random) -> Iterator[float]:
-    area = 0.0
-    while True:
-        area += random_gaps.expovariate(1)
-        yield area

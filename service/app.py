@@ -23,7 +23,7 @@ from service.front import Front
 from service.loading import MakeEngine, Model, load_bundles, make_engine
 from service.openapi import document, json_body, problems
 from service.problems import on_bug, on_http_exception, on_refrain_error
-from service.runtime import Runtime
+from service.runtime import Runtime, runtime_of
 from service.schemas import ClassifyAnswer, ModelInfo, ModelsAnswer, ReloadAnswer, Status
 from service.serving import Changes
 from service.settings import Settings
@@ -104,12 +104,6 @@ def create_app(
     return app
 
 
-def _runtime(request: Request) -> Runtime:
-    runtime = request.app.state.runtime
-    assert isinstance(runtime, Runtime)
-    return runtime
-
-
 @router.head("/", include_in_schema=False)
 @router.get("/", response_class=HTMLResponse, summary="Playground", responses=problems(401))
 async def playground() -> HTMLResponse:
@@ -120,7 +114,7 @@ async def playground() -> HTMLResponse:
 @router.get("/models", summary="What is loaded", responses=problems(401, 503))
 async def models(request: Request) -> ModelsAnswer:
     """Answer with the loaded bundles, their quality, and who answers by default."""
-    runtime = _runtime(request)
+    runtime = runtime_of(request)
     runtime.check_open()
     return ModelsAnswer(
         default_task=runtime.serving.default_task,
@@ -135,7 +129,7 @@ async def reload(request: Request) -> ReloadAnswer:
 
     The models that it replaces finish what they have begun. When anything is wrong with it, nothing changes.
     """
-    runtime, state = _runtime(request), request.app.state
+    runtime, state = runtime_of(request), request.app.state
     if not runtime.settings.api_keys:
         raise ReloadForbidden
 
@@ -153,7 +147,7 @@ async def reload(request: Request) -> ReloadAnswer:
 @router.get("/healthz", summary="Alive", responses=problems(503))
 async def healthz(request: Request) -> Status:
     """Answer 200 while every engine is alive."""
-    _runtime(request).check_alive()
+    runtime_of(request).check_alive()
     return Status(status="ok")
 
 
@@ -161,7 +155,7 @@ async def healthz(request: Request) -> Status:
 @router.get("/readyz", summary="Ready", responses=problems(503))
 async def readyz(request: Request) -> Status:
     """Answer 200 while requests are welcome: not while starting, and not from the first moment of shutdown."""
-    _runtime(request).check_ready()
+    runtime_of(request).check_ready()
     return Status(status="ready")
 
 
@@ -170,7 +164,7 @@ async def metrics(request: Request) -> Response:
     """Answer in Prometheus' text format; who asks while it is being written shares it: the path is open to all."""
     state = request.app.state
     if state.exposition is None or state.exposition.done():
-        state.exposition = asyncio.create_task(asyncio.to_thread(_runtime(request).metrics.exposition))
+        state.exposition = asyncio.create_task(asyncio.to_thread(runtime_of(request).metrics.exposition))
     return Response(await asyncio.shield(state.exposition), media_type=CONTENT_TYPE_LATEST)
 
 

@@ -30,7 +30,7 @@ from service.loading import Model
 from service.logs import Call
 from service.problems import release
 from service.routing import Plan
-from service.runtime import Runtime, TakeIn
+from service.runtime import TakeIn, runtime_of
 from service.scheduling import patience
 from service.schemas import ClassifyAnswer, ClassifyRequest, Timings, parse_request
 from service.settings import Settings
@@ -77,7 +77,7 @@ class Outcome:
 
 async def classify(request: Request) -> Response:
     """Answer POST /classify; raises RefrainError for every way that it can go wrong."""
-    runtime: Runtime = request.app.state.runtime
+    runtime = runtime_of(request)
     with runtime.admitted() as take_in:
         asked = await _read(request, take_in, runtime.settings, request.state.call)
         answer = await decide(asked, request)
@@ -89,7 +89,7 @@ async def decide(asked: ClassifyRequest, request: Request) -> ClassifyAnswer:
 
     The caller holds `runtime.admitted`, and has read the body to its end. Raises RefrainError.
     """
-    runtime: Runtime = request.app.state.runtime
+    runtime = runtime_of(request)
     call: Call = request.state.call
     plan = runtime.choose(asked.task, asked.architecture, call.id, asked.routing_key)
     call.architecture, call.task = plan.first.metric_labels
@@ -147,7 +147,7 @@ async def _follow(plan: Plan[Model], asked: ClassifyRequest, deadline: float, re
         for place, outcome in zip(unsure, second, strict=True):
             outcomes[place] = outcome.after(outcomes[place])
     request.state.call.passed_on = sum(outcome.model is plan.then for outcome in outcomes)
-    request.app.state.runtime.metrics.decided(outcome.model.metric_labels for outcome in outcomes)
+    runtime_of(request).metrics.decided(outcome.model.metric_labels for outcome in outcomes)
     return outcomes
 
 
@@ -171,7 +171,7 @@ async def _run(
     model.batcher.check_room(len(places), 0, work, wait)  # before tokenizing, which would be for nothing
     encoded = await tokenize(model, asked, places, deadline, request.state.left)
     tokenize_seconds = time.monotonic() - started
-    tokens, most = sum(len(text.ids) for text in encoded), request.app.state.runtime.settings.max_queue_tokens
+    tokens, most = sum(len(text.ids) for text in encoded), runtime_of(request).settings.max_queue_tokens
     if tokens > most:  # and would be however empty the queue
         raise TooManyInputs(f"At most {most} tokens in one request; these inputs have {tokens}.", limit=most)
     call.tokens = (call.tokens or 0) + tokens

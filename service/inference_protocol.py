@@ -29,7 +29,7 @@ from service.inference_schemas import (
 from service.loading import Model
 from service.openapi import json_body, path_parameters, problems
 from service.problems import INFERENCE_PROTOCOL
-from service.runtime import Runtime
+from service.runtime import runtime_of
 from service.schemas import ClassifyAnswer, ClassifyRequest, Options, Result
 from service.tensors import HEADER_LENGTH, encode
 
@@ -48,7 +48,7 @@ async def server() -> ServerInfo:
 @router.get("/health/live", summary="Alive", responses=problems(503))
 async def live(request: Request) -> Live:
     """Answer 200 while every engine is alive, as /healthz does."""
-    _runtime(request).check_alive()
+    runtime_of(request).check_alive()
     return Live()
 
 
@@ -56,13 +56,13 @@ async def live(request: Request) -> Live:
 @router.get("/health/ready", summary="Ready", responses=problems(503))
 async def ready(request: Request) -> Ready:
     """Answer 200 while requests are welcome, as /readyz does."""
-    _runtime(request).check_ready()
+    runtime_of(request).check_ready()
     return Ready()
 
 
 async def metadata(request: Request) -> ModelMetadata:
     """Answer with a model's inputs, outputs and labels."""
-    _runtime(request).check_open()
+    runtime_of(request).check_open()
     manifest = find_model(request).manifest
     width = len(manifest.labels)
     outputs = [
@@ -81,13 +81,13 @@ async def metadata(request: Request) -> ModelMetadata:
 
 async def model_ready(request: Request) -> ModelReady:
     """Answer 200 while requests to this model are welcome."""
-    _runtime(request).check_ready()
+    runtime_of(request).check_ready()
     return ModelReady(name=find_model(request).manifest.name)
 
 
 async def infer(request: Request) -> Response:
     """Answer with the outputs asked for; raises RefrainError for every way that it can go wrong."""
-    runtime, settings = _runtime(request), _runtime(request).settings
+    runtime, settings = runtime_of(request), runtime_of(request).settings
     with runtime.admitted() as take_in:
         body = await read_body(request, take_in, max_bytes=settings.max_body_bytes, seconds=settings.body_seconds)
         asked, binary = parse_infer(body, request.headers.get(HEADER_LENGTH))
@@ -101,7 +101,7 @@ async def infer(request: Request) -> Response:
 
 def find_model(request: Request) -> Model:
     """Find the model that the path names, and its version if it names one; raises UnknownModel."""
-    models = {model.manifest.name: model for model in _runtime(request).serving.models.values()}
+    models = {model.manifest.name: model for model in runtime_of(request).serving.models.values()}
     model = models.get(request.path_params["name"])
     if model is None:
         raise UnknownModel(f"There is no such model; there are {', '.join(sorted(models))}.", available=sorted(models))
@@ -148,12 +148,6 @@ def _tensor(name: OutputName, results: list[Result], binary: bool) -> tuple[Outp
         data=None if binary else values,
     )
     return tensor, data
-
-
-def _runtime(request: Request) -> Runtime:
-    runtime = request.app.state.runtime
-    assert isinstance(runtime, Runtime)
-    return runtime
 
 
 def _add_routes(path: str) -> None:

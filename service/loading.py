@@ -93,14 +93,7 @@ def load_model(bundle: Bundle, settings: Settings, metrics: Metrics, thread: Eng
     started = time.monotonic()
     engine = make(bundle, settings)
     batch_tokens = settings.max_batch_tokens or BATCH_TOKENS[engine.provider]
-    try:
-        for length in WARM_UP_LENGTHS:
-            _seconds_for(engine, bundle.manifest, 1, length)
-        engine.embed([[bundle.tokenizer.get_vocab_size() - 1]])  # else a text that has it would fail, and its list
-        pace = _measure(engine, bundle.manifest, batch_tokens)
-    except Exception as error:  # the runtime's exceptions share no base class of its own
-        reason = f"{type(error).__name__}: {error}".replace("\n", " ")
-        raise BundleError(f"{bundle.path}: its graphs do not run: {reason}") from error
+    pace = _warm_up(engine, bundle, batch_tokens)
     _check_labels(engine, bundle)
     labels = bundle.manifest.architecture, bundle.manifest.task
     limits = Limits(
@@ -125,6 +118,21 @@ def load_model(bundle: Bundle, settings: Settings, metrics: Metrics, thread: Eng
     return Model(bundle, engine, batcher)
 
 
+def _warm_up(engine: ServingEngine, bundle: Bundle, batch_tokens: int) -> Pace:
+    """Run short and long texts; the answer is the pace of full batches, which is that of a queue."""
+    manifest = bundle.manifest
+    texts = max(1, batch_tokens // manifest.max_tokens)
+    try:
+        for length in WARM_UP_LENGTHS:
+            _seconds_for(engine, manifest, 1, length)
+        engine.embed([[bundle.tokenizer.get_vocab_size() - 1]])  # else a text that has it would fail, and its list
+        seconds = min(_seconds_for(engine, manifest, texts, manifest.max_tokens) for _ in range(WARM_UP_RUNS))
+    except Exception as error:  # the runtime's exceptions share no base class of its own
+        reason = f"{type(error).__name__}: {error}".replace("\n", " ")
+        raise BundleError(f"{bundle.path}: its graphs do not run: {reason}") from error
+    return Pace(seconds, texts * manifest.iterations * (manifest.max_tokens + CALL_TOKENS), texts)
+
+
 def _check_labels(engine: ServingEngine, bundle: Bundle) -> None:
     _states, logits_BC = engine.step(engine.embed([[0]]))
     if logits_BC.shape != (1, len(bundle.manifest.labels)):
@@ -133,13 +141,6 @@ def _check_labels(engine: ServingEngine, bundle: Bundle) -> None:
             f"{bundle.path}: its graphs give {given} numbers for a text, its manifest has "
             f"{len(bundle.manifest.labels)} labels"
         )
-
-
-def _measure(engine: ServingEngine, manifest: Manifest, batch_tokens: int) -> Pace:
-    """The pace of full batches, which is that of a queue."""
-    texts = max(1, batch_tokens // manifest.max_tokens)
-    seconds = min(_seconds_for(engine, manifest, texts, manifest.max_tokens) for _ in range(WARM_UP_RUNS))
-    return Pace(seconds, texts * manifest.iterations * (manifest.max_tokens + CALL_TOKENS), texts)
 
 
 def _seconds_for(engine: ServingEngine, manifest: Manifest, texts: int, length: int) -> float:

@@ -37,6 +37,7 @@ TEXTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 ITERATIONS = (1, 2, 3, 4, 6, 8, 12, 16)
 DIFFERENCES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 MODEL = ("architecture", "task")
+ERRORS = ("500", "503", "504")  # that alerts count
 Reload = Literal["taken", "unchanged", "refused"]
 DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's own name for where processes put their values
 
@@ -83,6 +84,7 @@ class Metrics:
             GCCollector(registry=registry)
         # Alerts on the share of errors; an architecture or task that was never decided is empty.
         self.requests = Counter("refrain_requests", "Classifications by status.", ("code", *MODEL), registry=registry)
+        self._expect_errors("", "")
         # Alerts on overload: requests turned away or given up.
         self.rejected = Counter("refrain_rejected", "Requests turned away, by reason.", ("reason",), registry=registry)
         # Alerts: answers that are less than what was asked for.
@@ -101,6 +103,15 @@ class Metrics:
     def exposition(self) -> bytes:
         """Write everything in Prometheus' text format; takes milliseconds, so not on the event loop."""
         return generate_latest(self._shown)
+
+    def loaded(self, model: Model) -> None:
+        """Show what is loaded, and that none of its requests has failed yet."""
+        self.models.loaded(model)
+        self._expect_errors(*model.metric_labels)
+
+    def _expect_errors(self, architecture: str, task: str) -> None:
+        for code in ERRORS:
+            self.requests.labels(code, architecture, task)  # 0 from the start, or the first burst would be no increase
 
     def decided(self, models: Iterable[tuple[str, str]]) -> None:
         """Count a cascade's texts by the (architecture, task) that answered each."""

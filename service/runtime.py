@@ -16,6 +16,7 @@ from functools import partial
 from typing import Literal, TypeVar
 
 import structlog
+from starlette.requests import Request
 
 from service.bundle import Bundle
 from service.engine_thread import EngineThread
@@ -302,6 +303,12 @@ class Runtime:
         for model in self.serving.models.values():
             model.batcher.stop(timeout=1.0)
         self.engine_thread.end(timeout=1.0)
+
+
+def runtime_of(request: Request) -> Runtime:
+    """The runtime of the application that answers a request."""
+    runtime: Runtime = request.app.state.runtime
+    return runtime
 
 
 def _seconds_ahead(serving: Serving, task: str, name: str) -> float:

@@ -94,5 +94,5 @@ def take_over(before: Serving, after: Serving, metrics: Metrics) -> list[Model]:
     for key, model in after.models.items():
         if before.models.get(key) is not model:
             model.batcher.start()
-            metrics.models.loaded(model)
+            metrics.loaded(model)
     return gone

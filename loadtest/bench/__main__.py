@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from loadtest import machine
 from loadtest.bench import figure, report
 from loadtest.bench.options import parse
 from loadtest.bench.run import run
@@ -16,6 +17,7 @@ def main(arguments: Sequence[str]) -> int:
     """The process's exit status; see `--help`."""
     options = parse(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the children as Ctrl-C does
+    about = machine.describe()  # now: what is checked out may be another commit in the end
     try:
         with tempfile.TemporaryDirectory(prefix="refrain-bench-") as folder:
             results = run(options, Path(folder))
@@ -25,7 +27,7 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("bench: interrupted; the processes it started have ended, no report was written", file=sys.stderr)
         return 130
-    written = [*report.write(results, options), figure.write(results, options)]
+    written = [*report.write(results, options, about), figure.write(results, options)]
     print(written[1].read_text(encoding="utf-8"))
     print("written:", *written)
     return 0 if results.sound else 1

@@ -1,6 +1,5 @@
 """The cells of a round: what each one does, and the figures that it gives."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,10 +11,11 @@ from loadtest.bench.connection import GIVE_UP_SECONDS
 from loadtest.bench.options import FIXED, BenchOptions, ModeName
 from loadtest.bench.probes import Probes
 from loadtest.bench.subject import RAW, Answered, Target
-from loadtest.recording import Recording, has_enough, percentiles
+from loadtest.recording import Recording, latencies
 from loadtest.target import Metrics
 
 CLIENT = "loadtest.bench.client"
+PERCENTS = (50, 95, 99)
 _SLACK_SECONDS = 60.0
 _STAGES = ("tokenize", "queue", "inference")
 
@@ -99,14 +99,7 @@ def _bare(cell: Cell, subject: Target, options: BenchOptions, log: Path) -> dict
         "seconds": options.seconds,
     }
     (found,) = workers.run(RAW, [job], seconds=options.seconds + _SLACK_SECONDS, log=log)
-    return latencies(found["milliseconds"]) | {"cpu_ms_per_text": found["cpu_ms"]}
-
-
-def latencies(milliseconds: Sequence[float], prefix: str = "") -> dict[str, float]:
-    """Those percentiles for which there are answers enough."""
-    known = [percent for percent in (50, 95, 99) if has_enough(percent, len(milliseconds))]
-    found = percentiles(milliseconds, known)
-    return {f"{prefix}p{percent}_ms": value for percent, value in zip(known, found, strict=True)}
+    return latencies(found["milliseconds"], PERCENTS) | {"cpu_ms_per_text": found["cpu_ms"]}
 
 
 def _served(cell: Cell, number: int, subject: Target, options: BenchOptions, log: Path) -> Measured:
@@ -123,7 +116,7 @@ def _served(cell: Cell, number: int, subject: Target, options: BenchOptions, log
     figures = load_figures(seen, size) | _metrics_figures(before, target.scrape(subject.url))
     if cell.kind == "mixed":
         for name, recording in recordings.items():
-            figures |= latencies(recording.milliseconds, f"{name}_")
+            figures |= latencies(recording.milliseconds, PERCENTS, f"{name}_")
     return Measured(cell, number, figures, seen.failures | seen.probes.failures)
 
 
@@ -212,7 +205,6 @@ def load_figures(seen: Seen, list_size: int) -> dict[str, float]:
     cpu = sum(seen.service_cpu_seconds)
     figures = {
         "service_cores": cpu / seen.seconds,
-        "busiest_process_cores": max(seen.service_cpu_seconds, default=0.0) / seen.seconds,
         "generator_cores": generator.generator_cores,
     } | seen.probes.slowest
     if seen.answered:
@@ -221,7 +213,7 @@ def load_figures(seen: Seen, list_size: int) -> dict[str, float]:
         figures |= {"cpu_ms_per_request": 1000 * cpu / seen.answered}
         figures |= {"cpu_ms_per_text": 1000 * cpu / seen.answered / list_size}
         figures |= {"generator_cpu_ms_per_request": 1000 * generator.generator_cpu_seconds / seen.answered}
-        figures |= latencies([one for recording in seen.recordings for one in recording.milliseconds])
+        figures |= latencies([one for recording in seen.recordings for one in recording.milliseconds], PERCENTS)
     return figures
 
 

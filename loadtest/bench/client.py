@@ -18,7 +18,8 @@ import uvloop
 
 from loadtest.bench import processes, workers
 from loadtest.bench.connection import GIVE_UP_SECONDS, Load, Request, Traffic, encode
-from loadtest.bench.paces import Closed, Open, arrivals, rest
+from loadtest.bench.paces import Closed, Open, rest
+from loadtest.schedule import arrivals, stages
 
 
 async def drive(job: dict[str, Any]) -> dict[str, Any]:
@@ -28,7 +29,7 @@ async def drive(job: dict[str, Any]) -> dict[str, Any]:
     """
     load, traffics = Load(job["host"], job["port"]), [_traffic(one, job) for one in job["traffics"]]
     rate = job["arrivals_per_second"]
-    due = arrivals(rate, job["seconds"], job["seed"]) if rate else []
+    due = arrivals(stages("steady", rate, job["seconds"]), poisson=True, seed=job["seed"]) if rate else []
     pace = Open(load, traffics[0], due) if rate else Closed(load, traffics)
     await pace.start()
     await asyncio.sleep(job["warmup"])

@@ -1,7 +1,6 @@
 """When requests are sent: as soon as the last one is answered, or at times fixed beforehand."""
 
 import asyncio
-import random
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -119,11 +118,3 @@ class Open:
 
 def _no_connection(error: OSError) -> str:
     return f"no connection: {error.strerror or 'not in time'}"
-
-
-def arrivals(per_second: float, seconds: float, seed: int) -> list[float]:
-    """Poisson arrivals: rising times from 0 on, below `seconds`."""
-    rng, times, now = random.Random(seed), [], 0.0
-    while (now := now + rng.expovariate(per_second)) < seconds:
-        times.append(now)
-    return times

@@ -21,10 +21,9 @@ _HEAD = (
 )  # fmt: skip
 
 
-def write(results: Results, options: BenchOptions) -> list[Path]:
-    """Writes bench.json and bench.md into the output directory; their paths."""
+def write(results: Results, options: BenchOptions, about: Mapping[str, str]) -> list[Path]:
+    """Writes bench.json and bench.md into the output directory; their paths. `about` the machine."""
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    about = machine.describe()
     contents = {
         "bench.json": as_json(results, options, about),
         "bench.md": as_markdown(results, options, about),
@@ -34,7 +33,7 @@ def write(results: Results, options: BenchOptions) -> list[Path]:
     return [options.output_dir / name for name in contents]
 
 
-def as_json(results: Results, options: BenchOptions, about: dict[str, str]) -> str:
+def as_json(results: Results, options: BenchOptions, about: Mapping[str, str]) -> str:
     """Everything: conditions, each cell of each round, and the comparisons."""
     summary = Summary(results.measured)
     content = {
@@ -57,7 +56,7 @@ def as_json(results: Results, options: BenchOptions, about: dict[str, str]) -> s
     return json.dumps(content, indent=1) + "\n"
 
 
-def as_markdown(results: Results, options: BenchOptions, about: dict[str, str]) -> str:
+def as_markdown(results: Results, options: BenchOptions, about: Mapping[str, str]) -> str:
     summary = Summary(results.measured)
     models = "; ".join(f"{name}: {model}" for name, model in results.models.items())
     parts = [
@@ -65,11 +64,11 @@ def as_markdown(results: Results, options: BenchOptions, about: dict[str, str]) 
         f"Rounds: {options.rounds}, {options.seconds:g} s for each cell, in another order each. {results.texts}. "
         f"{models}. {machine.in_words(about)}.",
         f"Raw: ONNX Runtime alone, {options.raw_processes} processes with one thread each, batches of "
-        f"{options.list_size} sorted by length, fixed depth. Bare: one text in one process. Load generator beside the "
-        "service on the same cores; each connection sends its next request on the last answer, and every answer is "
-        "checked against the raw runtime's. Probes: /healthz and /readyz in turn every 0.1 s, /metrics every 2 s, each "
-        "on a new connection; an idle server beside is asked in the same moments, since what it takes is the machine's "
-        "own time.",
+        f"{options.list_size} sorted by length, fixed depth, tokenizing left out. Bare: one text in one process. Load "
+        "generator beside the service on the same cores; each connection sends its next request on the last answer, "
+        "and every answer is checked against the raw runtime's. Probes: /healthz and /readyz in turn every 0.1 s, "
+        "/metrics every 2 s, each on a new connection; an idle server beside is asked in the same moments, since what "
+        "it takes is the machine's own time.",
         *(
             f"## {mode}\n\n{table(summary, [cell for cell in summary.cells if cell.mode == mode])}"
             for mode in summary.modes
@@ -86,7 +85,7 @@ def as_markdown(results: Results, options: BenchOptions, about: dict[str, str]) 
         "\n".join(f"- {note}" for note in notes(results)),
         "Medians over the rounds, in brackets the lowest and the highest. MB are 10^6 bytes; RSS counts pages that "
         "processes share once for each of them; PSS divides them among all, those of the other service and of the load "
-        "generator included.",
+        "generator included. Peak: in all of a service's cells, of the first mode's overload included.",
         "![throughput, latency, CPU time](bench.png)",
         f"Made by `{command(options)}`",
     ]

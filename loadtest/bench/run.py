@@ -21,7 +21,7 @@ from loadtest.errors import LoadTestError
 
 @dataclass(frozen=True)
 class Footprint:
-    """Memory of one architecture's service; `model` are the bytes of its graphs, as /metrics says."""
+    """Memory of one architecture's service; `model` are the bytes of its graphs in all processes, as /metrics says."""
 
     processes: int
     idle: Memory
@@ -140,5 +140,6 @@ def _accuracies(targets: dict[str, Target], options: BenchOptions) -> list[Accur
 
 def _footprint(subject: Target) -> Footprint:
     scraped: Any = target.scrape(subject.url)
-    model = scraped.total("refrain_model_memory_bytes", architecture=subject.architecture) if scraped else None
+    labels = {"architecture": subject.architecture, "task": subject.model.manifest["task"]}
+    model = scraped.total("refrain_model_memory_bytes", **labels) if scraped else None
     return Footprint(len(processes.tree(subject.pid)), subject.idle, subject.peak, model)

@@ -13,7 +13,6 @@ import pytest
 from loadtest.bench import client, paces
 from loadtest.bench.client import drive
 from loadtest.bench.connection import Connection, Load, encode, fault
-from loadtest.bench.paces import arrivals
 from loadtest.recording import Recording
 
 SCORES = {"good": ("positive", 0.91), "bad": ("negative", 0.72), "odd": ("positive", 0.55)}
@@ -180,7 +179,7 @@ def test_open_arrivals_do_not_wait_for_answers_and_count_from_when_they_were_due
 
     recording, seen = run(late, traffics=traffic("good", "bad", connections=2), arrivals_per_second=200.0, seconds=0.5)
     assert recording.failures == {}
-    assert seen["sent"] == len(arrivals(200.0, 0.5, 1))
+    assert seen["sent"] == 100
     assert len(recording.milliseconds) + seen["late"] == seen["sent"]
     assert max(recording.milliseconds) > 200
     waited = [one for one in recording.milliseconds if one > 20]
@@ -218,15 +217,6 @@ def test_a_request_whose_connection_is_still_opening_at_the_end_is_waited_for(mo
 def test_every_request_carries_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOADTEST_API_KEY", "very-secret")
     assert b"\r\nX-API-Key: very-secret\r\n" in encode("127.0.0.1:8000", b"{}")
-
-
-def test_arrivals_are_the_same_for_a_seed_and_as_many_as_asked() -> None:
-    times = arrivals(50.0, 100.0, seed=3)
-    assert times == arrivals(50.0, 100.0, seed=3) != arrivals(50.0, 100.0, seed=4)
-    assert times == sorted(times)
-    assert times[0] > 0
-    assert times[-1] < 100
-    assert len(times) == pytest.approx(5000, rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def test_tables_say_what_was_measured(tmp_path: Path) -> None:
     texts = tmp_path / "texts.txt"
     texts.write_text("a film\n")
     options = BenchOptions(output_dir=tmp_path, rounds=3, texts=texts, connections=(1,))
-    written = [*report.write(RESULTS, options), figure.write(RESULTS, options)]
+    written = [*report.write(RESULTS, options, {"machine": "2 cores"}), figure.write(RESULTS, options)]
     assert [path.name for path in written] == ["bench.json", "bench.md", "bench.png"]
     markdown = written[1].read_text()
     part = markdown[markdown.index("## baseline") : markdown.index("## Against")]
@@ -113,7 +113,7 @@ def test_tables_say_what_was_measured(tmp_path: Path) -> None:
     content = json.loads(written[0].read_text())
     assert content["against_raw"]["texts/s, of raw: lists"]["recurrent"]["median"] == pytest.approx(0.9)
     assert len(content["cells"]) == len(MEASURED)
-    assert "onnxruntime" in content["machine"]
+    assert content["machine"] == {"machine": "2 cores"}
     assert str(tmp_path) not in markdown + written[0].read_text()
     assert written[2].stat().st_size > 10_000
 
@@ -123,7 +123,7 @@ def test_a_part_of_a_run_is_reported_too(tmp_path: Path) -> None:
         RESULTS, measured=[Measured(Cell("single", "baseline", 4), 1, {"generator_cores": 0.95}, {"HTTP 500": 3})]
     )
     options = BenchOptions(output_dir=tmp_path)
-    report.write(few, options)
+    report.write(few, options, {"machine": "2 cores"})
     figure.write(few, options)
     assert report.notes(few)[0] == "baseline, single, 4 connections, round 1: 3 requests failed: HTTP 500"
     assert "The load generator was the limit" in report.notes(few)[1]

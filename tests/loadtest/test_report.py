@@ -18,6 +18,7 @@ from loadtest.tables import number
 
 MODEL = {"architecture": "recurrent", "version": "abc", "precision": "int8", "provider": "cpu"}
 OPTIONS = Options(rounds=3)
+ABOUT = {"machine": "2 cores", "commit": "abc123"}
 
 
 def a_step(rate: float, p99: float) -> Step:
@@ -86,8 +87,22 @@ def test_sound_rounds_need_no_note() -> None:
 
 
 def test_the_machine_is_said_to_be_the_load_generators_where_the_service_is_elsewhere() -> None:
-    assert f"alternating. {machine.in_words(machine.describe())}." in report.conditions(OPTIONS)
-    assert f"Load generator on {machine.short()}." in report.conditions(replace(OPTIONS, host="http://127.0.0.1:1"))
+    assert "alternating. machine 2 cores; commit abc123." in report.conditions(OPTIONS, ABOUT)
+    elsewhere = report.conditions(replace(OPTIONS, host="http://127.0.0.1:1"), ABOUT)
+    assert f"Load generator on {machine.short()}." in elsewhere
+    assert "abc123" not in elsewhere
+
+
+def test_settings_that_the_service_finds_in_the_environment_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REFRAIN_API_KEYS", "secret")
+    monkeypatch.setenv("REFRAIN_PORT", "1")
+    assert "settings" not in machine.describe()
+    monkeypatch.setenv("REFRAIN_THREADS", "4")
+    assert machine.describe()["settings"] == "REFRAIN_THREADS=4"
+
+
+def test_one_round_is_said_to_tell_nothing_of_how_figures_vary() -> None:
+    assert "how far the figures vary" in report.notes(ROUNDS[:3], replace(OPTIONS, rounds=1))[0]
 
 
 def test_failures_and_a_bad_end_are_noted_first() -> None:
@@ -117,8 +132,9 @@ def test_a_generator_at_its_limit_is_told_with_where() -> None:
 
 def test_other_work_on_the_machine_and_missing_metrics_are_told() -> None:
     figures = ROUNDS[0].measured[0].figures
-    (said,) = report.notes([with_first(ROUNDS[0], figures=figures | {"other_cores": 0.75})], OPTIONS)
-    assert "up to 0.750 cores were busy" in said
+    busy = [with_first(ROUNDS[0], figures=figures | {"other_cores": 0.75}), *ROUNDS[1:]]
+    (said,) = report.notes(busy, OPTIONS)
+    assert "(recurrent, round 1, users: 0.750)" in said
     (said,) = report.notes([with_first(ROUNDS[0], figures={"p50_ms": 1.0})], OPTIONS)
     assert "CPU time and cost are left out" in said
 
@@ -126,7 +142,7 @@ def test_other_work_on_the_machine_and_missing_metrics_are_told() -> None:
 def test_files_hold_the_load_the_rounds_and_the_summary(tmp_path: Path) -> None:
     options = replace(OPTIONS, output_dir=tmp_path / "deep" / "results", users=8, texts=Path("/somewhere/reviews.txt"))
     picture = figure.draw(ROUNDS, options)
-    written = {path.suffix: path for path in report.write(ROUNDS, options, picture)}
+    written = {path.suffix: path for path in report.write(ROUNDS, options, ABOUT, picture)}
     assert set(written) == {".md", ".html", ".json", ".png"}
     content = json.loads(written[".json"].read_text())
     assert content["summary"]["users"]["recurrent"]["texts_per_second"] == {"median": 600, "low": 500, "high": 900}
@@ -158,7 +174,7 @@ class Page(HTMLParser):
 
 
 def test_the_page_needs_nothing_but_itself() -> None:
-    markdown = report.as_markdown(ROUNDS, OPTIONS).replace("abc", "<script>alert(1)</script>")
+    markdown = report.as_markdown(ROUNDS, OPTIONS, ABOUT).replace("abc", "<script>alert(1)</script>")
     picture = b"\x89PNG picture"
     text = report.as_html(markdown, picture)
     page = Page(text)
@@ -173,15 +189,15 @@ def test_a_load_without_one_answer_is_still_reported(tmp_path: Path) -> None:
     dead = [Measured(name, "baseline", 1, {"generator_cores": 0.2}) for name in ("users", "lists", "step")]
     dead[0] = replace(dead[0], failures={"connection refused": 9})
     rounds = [ROUNDS[0], Round("baseline", 1, {}, dead, [])]
-    assert "connection refused" in report.as_markdown(rounds, OPTIONS)
+    assert "connection refused" in report.as_markdown(rounds, OPTIONS, ABOUT)
     assert figure.draw(rounds, OPTIONS).startswith(b"\x89PNG")
-    assert report.as_content(rounds, OPTIONS)
+    assert report.as_content(rounds, OPTIONS, ABOUT)
 
 
 @pytest.mark.parametrize("shape", ["spike", "step", "steady"])
 def test_every_shape_has_its_picture(shape) -> None:
     options = Options(shape=shape, architectures=("recurrent",))
-    course = [{"second": 0, "answered": 10, "p50_ms": 1.0, "p99_ms": 2.0}]
+    course = [{"second": 0, "answered": 10, "p50_ms": 1.0, "slowest_ms": 2.0}]
     measured = Measured(shape, "recurrent", 1, {"p50_ms": 1.0}, curve=[1.0, 2.0], course=course, steps=[a_step(9, 9)])
     rounds = [Round("recurrent", 1, {}, [measured], [])]
     assert figure.draw(rounds, options).startswith(b"\x89PNG")

@@ -39,7 +39,7 @@ def test_evenly_spaced_arrivals_follow_the_integral_of_the_level(shape) -> None:
 
 def test_random_arrivals_have_the_rate_and_the_spread_of_a_poisson_process() -> None:
     times = arrivals(stages("steady", 200, 100), poisson=True, seed=3)
-    assert len(times) == pytest.approx(20_000, abs=600)  # four standard deviations
+    assert len(times) == 20_000  # else a rate would be named that was not kept
     gaps = [later - earlier for earlier, later in pairwise(times)]
     mean = sum(gaps) / len(gaps)
     deviation = math.sqrt(sum((gap - mean) ** 2 for gap in gaps) / len(gaps))

@@ -228,6 +228,19 @@ def samples(client: TestClient) -> dict[tuple[str, frozenset[tuple[str, str]]], 
     }
 
 
+@pytest.mark.parametrize("code", ["500", "503", "504"])
+@pytest.mark.parametrize("model", [("recurrent", "sentiment"), ("", "")])
+def test_errors_are_at_0_before_the_first_since_a_rate_sees_no_rise_from_nothing(
+    code: str, model: tuple[str, str]
+) -> None:
+    with running(fake_app()) as client:
+        counted = samples(client)
+    assert (
+        counted["refrain_requests_total", frozenset(zip(("architecture", "task", "code"), (*model, code), strict=True))]
+        == 0
+    )
+
+
 def test_metrics_count_what_happened() -> None:
     with running(fake_app()) as client:
         classify(client, ["one", "two"])
