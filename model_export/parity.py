@@ -127,7 +127,8 @@ def precision_difference(
     lost = float((expected_N == truth_N).mean() - (found_N == truth_N).mean())
     if lost > tolerances.accuracy_lost:
         raise ExportError(
-            f"{name} loses {lost:.4f} of accuracy on {split}, the tolerance is {tolerances.accuracy_lost}"
+            f"{name} loses {lost:.4f} of accuracy on {split} ({len(labels)} texts), "
+            f"the tolerance is {tolerances.accuracy_lost}"
         )
     if agree < tolerances.labels_agree:
         raise ExportError(

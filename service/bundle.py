@@ -82,7 +82,7 @@ def _read_manifest(path: Path) -> Manifest:
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror}") from error
     except ValidationError as error:
-        raise BundleError(f"{path}: {first_problem(error)} ({error.error_count()} problems in all)") from error
+        raise BundleError(f"{path}: {first_problem(error)} (problems in all: {error.error_count()})") from error
 
 
 def _verify(bundle: Path, stored: StoredFile) -> None:

@@ -12,6 +12,8 @@ from pydantic_core import PydanticCustomError
 
 SCHEMA_VERSION: Final = 3
 VERSION_DIGITS = 12
+MOST_TOKENS = 8192
+"""Of a text; a process runs one as long as that when it loads a bundle, and attention takes memory by its square."""
 ANSWERING: Mapping[str, bool | set[str]] = {
     "task": True,
     "architecture": True,
@@ -215,7 +217,7 @@ class Manifest(_Strict):
     architecture: Name
     version: Annotated[str, StringConstraints(pattern=rf"^[0-9a-f]{{{VERSION_DIGITS}}}$")]
     labels: Annotated[list[Label], Field(min_length=2)]
-    max_tokens: Annotated[int, Field(ge=1)]
+    max_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)]
     parameters: Annotated[int, Field(ge=1)]
     iterations: Annotated[int, Field(ge=1)]
     tokenizer: StoredFile

@@ -185,7 +185,9 @@ def _parse_weights(argument: str) -> dict[str, float]:
 
 
 def _parse_pair(argument: str) -> tuple[list[str], float]:
-    listed, _, number = argument.rpartition("=")
+    listed, equals, number = argument.rpartition("=")
+    if not equals:
+        raise ValueError("the number is missing")
     names = _parse_names(listed)
     if len(names) > 2:
         raise ValueError("two names and no more")

@@ -12,6 +12,8 @@ SMALLEST_VOCABULARY = 260
 """Every byte and the four special tokens."""
 FEWEST_TOKENS = 3
 """Of a text that is cut: with fewer the exporter takes a text's length for fixed."""
+MOST_TOKENS = 8192
+"""The most that a bundle may say."""
 SEEDS = 2**32
 """What scikit-learn takes; PyTorch would take more."""
 
@@ -19,6 +21,11 @@ SEEDS = 2**32
 def check_seed(seed: int) -> None:
     if not 0 <= seed < SEEDS:
         raise TrainingError(f"--seed is {seed}; a whole number from 0 to {SEEDS - 1} is needed")
+
+
+def check_max_tokens(max_tokens: int) -> None:
+    if not FEWEST_TOKENS <= max_tokens <= MOST_TOKENS:
+        raise TrainingError(f"--max-tokens is {max_tokens}; {FEWEST_TOKENS} to {MOST_TOKENS} are possible")
 
 
 def check_share(train_share: float) -> None:
@@ -97,8 +104,7 @@ class RunConfig:
         if not 0 <= self.weight_decay < math.inf:
             raise TrainingError(f"--weight-decay is {self.weight_decay}; 0 or a number above is needed")
         check_share(self.train_share)
-        if self.max_tokens < FEWEST_TOKENS:
-            raise TrainingError(f"--max-tokens is {self.max_tokens}; at least {FEWEST_TOKENS} are needed")
+        check_max_tokens(self.max_tokens)
         if self.vocabulary < SMALLEST_VOCABULARY:
             raise TrainingError(f"--vocabulary is {self.vocabulary}; at least {SMALLEST_VOCABULARY} are needed")
         if self.sample_iterations and self.architecture != "recurrent":

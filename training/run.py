@@ -28,7 +28,7 @@ from torch import Tensor
 
 from training.architectures import ARCHITECTURES
 from training.architectures.encoder import Encoder
-from training.config import FEWEST_TOKENS
+from training.config import check_max_tokens
 from training.errors import TrainingError
 from training.shapes import EncoderConfig
 
@@ -126,8 +126,7 @@ def read_model(run: Path, max_tokens: int | None = None) -> Encoder:
     """
     info = read_info(run)
     if max_tokens is not None:
-        if max_tokens < FEWEST_TOKENS:
-            raise TrainingError(f"--max-tokens is {max_tokens}; at least {FEWEST_TOKENS} are needed")
+        check_max_tokens(max_tokens)
         info = dataclasses.replace(info, encoder={**info.encoder, "max_tokens": max_tokens})
     check_decides(run, info)
     check_network(run, info)

@@ -37,9 +37,12 @@ exit status: 0 all shards are there, 1 not all (the reason is on stderr), 2 wron
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do a job; the answer is the process's exit status."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     try:
         return _run(options)
+    except argparse.ArgumentError as error:
+        parser.error(str(error))
     except StartError as error:
         print(f"refrain: {error}", file=sys.stderr)
         return 1
@@ -117,14 +120,15 @@ def _names(value: str) -> str:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from service.bulk.asking import choose_bundle, what_is_asked
+    from service.bulk.asking import choose_bundle, read_answering, what_is_asked
     from service.bulk.job import alone_in, open_job
     from service.bulk.on_ray import run_units
     from service.bulk.summary import Summary
     from service.loading import BATCH_TOKENS
 
+    answering = read_answering(options)
     bundle = choose_bundle(options)
-    asked = what_is_asked(options, bundle)
+    asked = what_is_asked(options, bundle, answering)
     with alone_in(options.out):
         job = open_job(asked, options.out, overwrite=options.overwrite)
         missing = job.missing(options.out)

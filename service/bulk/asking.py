@@ -31,10 +31,10 @@ def choose_bundle(options: argparse.Namespace) -> Bundle:
     return found[0]
 
 
-def what_is_asked(options: argparse.Namespace, bundle: Bundle) -> Asked:
+def what_is_asked(options: argparse.Namespace, bundle: Bundle, answering: Options) -> Asked:
     """What decides the job's answers; `auto` is settled here, so that all workers and later runs do the same.
 
-    Raises BulkError for the input or a value out of range, SettingsError for a provider or precision not to be had.
+    Raises BulkError for the input, SettingsError for a provider or precision not to be had.
     """
     provider = choose_provider(bundle.manifest, options.provider, options.precision, ort.get_available_providers())
     files = list_files(options.input, options.out)
@@ -43,7 +43,7 @@ def what_is_asked(options: argparse.Namespace, bundle: Bundle) -> Asked:
         model=bundle.id,
         provider=provider,
         precision=choose_precision(bundle.manifest, provider, options.precision)[0],
-        options=_answering(options),
+        options=answering,
         column=options.column,
         keep=None if options.keep is None else [name for name in options.keep.split(",") if name],
         format=options.format or follows,
@@ -52,7 +52,8 @@ def what_is_asked(options: argparse.Namespace, bundle: Bundle) -> Asked:
     )
 
 
-def _answering(options: argparse.Namespace) -> Options:
+def read_answering(options: argparse.Namespace) -> Options:
+    """What a request could ask for too; raises ArgumentError for a value out of range."""
     given: dict[str, Any] = {
         name: getattr(options, name) for name in ("max_iterations", "exit_threshold", "raw_scores")
     }
@@ -61,4 +62,4 @@ def _answering(options: argparse.Namespace) -> Options:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         option = str(first["loc"][0]).replace("_", "-")
-        raise BulkError(f"--{option} {first['input']}: {first['msg']}") from None
+        raise argparse.ArgumentError(None, f"argument --{option}: {first['input']}: {first['msg']}") from None

@@ -345,6 +345,8 @@ def test_a_name_that_is_not_utf_8_is_said_to_be_none(
 @pytest.mark.parametrize(
     ("option", "said"),
     [
+        (["--max-iterations", "0"], "argument --max-iterations: 0: Input should be greater than"),
+        (["--exit-threshold", "1.5"], "argument --exit-threshold: 1.5: Input should be less than or equal to 1"),
         (["--column", "\udcff"], r"argument --column: '\udcff' is not UTF-8"),
         (["--keep", "a,\udcff"], r"argument --keep: 'a,\udcff' is not UTF-8"),
         (["--concurrency", "0"], "argument --concurrency: 0 is no whole number above 0"),
@@ -399,8 +401,6 @@ def test_a_model_for_cpus_alone_is_run_on_one_where_there_is_a_gpu(
     [
         (["--column", "review"], "a.csv: no column 'review', only 'id', 'text'"),
         (["--keep", "day"], "a.csv: no column 'day'"),
-        (["--max-iterations", "0"], "--max-iterations 0"),
-        (["--exit-threshold", "1.5"], "--exit-threshold 1.5"),
         (
             ["--task", "weather"],
             "for weather recurrent; "

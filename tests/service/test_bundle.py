@@ -146,6 +146,7 @@ def test_a_bundle_of_another_schema_is_refused_with_what_to_do(bundle_dir: Path)
     ("path", "to", "said"),
     [
         (["schema_version"], 4, "schema_version: the bundle's is 4, this release reads 3"),
+        (["max_tokens"], 10**9, "max_tokens: Input should be less than or equal to 8192"),
         (["surprise"], 1, "surprise: Extra inputs are not permitted"),
         (["precisions", "int8", "graphs", "step", "surprise"], 1, "precisions.int8.graphs.step.surprise: Extra"),
         (["precisions", "int4"], {}, "precisions.int4"),

@@ -141,7 +141,7 @@ def test_a_plan_is_resolved_whole() -> None:
         ("split:recurrent=1,recurrent=2", "each name comes once"),
         ("split:recurrent=0,baseline=0", "one weight must be above 0"),
         ("split:recurent=1,baseline=1", "names recurent, but loaded are baseline, recurrent"),
-        ("shadow:recurrent,baseline", "must be shadow:PRIMARY,SHADOW=SHARE; two different names"),
+        ("shadow:recurrent,baseline", "must be shadow:PRIMARY,SHADOW=SHARE; the number is missing"),
         ("shadow:recurrent,baseline=", "'' is not a number above 0 and at most 1"),
         ("shadow:recurrent,baseline=10%", "'10%' is not a number"),
         ("shadow:recurrent,baseline=0", "'0' is not a number above 0"),

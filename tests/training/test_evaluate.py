@@ -97,9 +97,12 @@ def test_it_may_read_less_or_more_of_each_text_than_in_training(run: Path, most:
     assert not torch.allclose(as_trained.logits(texts), expected_RNC, atol=1e-4)
 
 
-def test_too_few_tokens_to_read_are_named(run: Path, easy_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["evaluate", str(run), "--data-dir", str(easy_dir), "--max-tokens", "2"]) == 1
-    assert "--max-tokens is 2; at least 3 are needed" in capsys.readouterr().err
+@pytest.mark.parametrize("tokens", [2, 8193])
+def test_too_few_or_too_many_tokens_to_read_are_named(
+    tokens: int, run: Path, easy_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(run), "--data-dir", str(easy_dir), "--max-tokens", str(tokens)]) == 1
+    assert f"--max-tokens is {tokens}; 3 to 8192 are possible" in capsys.readouterr().err
 
 
 def test_the_command_prints_a_table_and_writes_json(
