@@ -11,7 +11,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the shell that runs the tests has set."""
+    for name in [name for name in os.environ if name.startswith(("REFRAIN_", "LOADTEST_"))]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_settings: None) -> Path:
     """The folder, made the current one: `-m` looks there first. Set FAULT to make the stand-in misbehave."""
     package = tmp_path / "service"
     package.mkdir()
@@ -19,8 +26,6 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copy(Path(__file__).with_name("stand_in.py"), package / "__main__.py")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    for name in [name for name in os.environ if name.startswith(("REFRAIN_", "LOADTEST_"))]:
-        monkeypatch.delenv(name)
     return tmp_path
 
 

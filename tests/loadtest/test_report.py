@@ -93,7 +93,9 @@ def test_the_machine_is_said_to_be_the_load_generators_where_the_service_is_else
     assert "abc123" not in elsewhere
 
 
-def test_settings_that_the_service_finds_in_the_environment_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_that_the_service_finds_in_the_environment_are_told(
+    no_settings: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("REFRAIN_API_KEYS", "secret")
     monkeypatch.setenv("REFRAIN_PORT", "1")
     assert "settings" not in machine.describe()
