@@ -10,7 +10,14 @@ from pathlib import Path
 import psutil
 
 _PACKAGES = ("onnxruntime", "onnxruntime-gpu", "tokenizers", "numpy", "uvicorn", "uvloop", "httptools", "fastapi")
-_NOT_TOLD = ("REFRAIN_API_KEYS", "REFRAIN_ARCHITECTURES", "REFRAIN_ROUTING", "REFRAIN_HOST", "REFRAIN_PORT")
+_NOT_TOLD = (
+    "REFRAIN_API_KEYS",
+    "REFRAIN_ARCHITECTURES",
+    "REFRAIN_ROUTING",
+    "REFRAIN_HOST",
+    "REFRAIN_PORT",
+    "REFRAIN_LOG_LEVEL",
+)
 """A secret, and what the load test sets itself."""
 
 
