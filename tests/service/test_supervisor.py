@@ -155,13 +155,16 @@ def test_a_service_that_cannot_start_a_process_at_all_says_so_and_leaves_none(ot
 
 
 @pytest.mark.parametrize(
-    ("script", "reason"),
-    [("silent", "a process said nothing for 2 s while it started, and was killed"), ("failed", "no such bundle")],
+    ("script", "ticks", "reason"),
+    [
+        ("silent", 2, "a process said nothing for 2 s while it started, and was killed"),
+        ("failed", 60, "no such bundle"),  # in three seconds even a busy machine's process has spoken
+    ],
 )
 def test_a_service_whose_process_stands_still_while_it_starts_ends_and_says_why(
-    script: str, reason: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
+    script: str, ticks: int, reason: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service.supervisor, "START_TICKS", 2)
+    monkeypatch.setattr(service.supervisor, "START_TICKS", ticks)
     monkeypatch.setattr(service.supervisor, "TICK_SECONDS", 0.05)
     machine.scripts = {slot: [script] * 9 for slot in ("0", "1")}
     with pytest.raises(StartError, match=rf"^{reason}$"):
