@@ -30,6 +30,8 @@ class Export:
     """Other data sets with the same labels whose test splits quality is reported on too; nothing is tuned on them."""
     max_tokens: int | None = None
     """How much of a text it reads; as much as in training unless given. More may help long texts, for more time."""
+    tail_tokens: int | None = None
+    """How many of these are a longer text's last ones; as in training unless given. An end often says how it was."""
     precisions: tuple[Literal["fp16", "int8"], ...] = ("fp16", "int8")
     """One that is too far from FP32 on some split is left out, and the manifest says why."""
     portable: bool = False
@@ -141,6 +143,7 @@ def _export(command: Export) -> None:
     from model_export.inspect import inspect  # torch takes seconds to import
     from model_export.package import ExportOptions, export
     from model_export.parity import Tolerances
+    from training.shapes import Reading
 
     tolerances = Tolerances(command.max_accuracy_lost, command.min_labels_agree)
     options = ExportOptions(
@@ -151,7 +154,7 @@ def _export(command: Export) -> None:
         command.portable,
         tolerances,
         command.judge_on,
-        command.max_tokens,
+        Reading(command.max_tokens, command.tail_tokens),
     )
     print(inspect(export(options)))
 

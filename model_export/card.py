@@ -10,20 +10,22 @@ from service.manifest import Card, LengthQuarter, Lengths, Manifest, Origin, Wea
 from training.data import origins
 from training.run import RunInfo, language_models, learned_from
 from training.scores import score
+from training.shapes import EncoderConfig
+from training.tokenizer import Window
 
 README = "README.md"
 QUARTERS = 4
 
 
-def write_card(info: RunInfo, train_lengths: Sequence[int], max_tokens: int, splits: Splits, fp32: SplitLogits) -> Card:
-    """The card of a run that reads `max_tokens` now; `train_lengths` are in tokens, before anything was cut."""
-    trained_tokens = info.encoder["max_tokens"]
+def write_card(info: RunInfo, train_lengths: Sequence[int], window: Window, splits: Splits, fp32: SplitLogits) -> Card:
+    """The card of a run that reads this window now; `train_lengths` are in tokens, before anything was cut."""
+    trained = EncoderConfig(**info.encoder)
     sources = {(name, one): None for dataset in learned_from(info) for name, one in origins(dataset).items()}
     data = [Origin(name=name, hub=one.hub, kind=one.kind, language=one.language) for name, one in sources]
     lengths = Lengths(
         median=int(np.median(train_lengths)),
         percentile_95=int(np.percentile(train_lengths, 95)),
-        share_cut=float((np.array(train_lengths) > trained_tokens).mean()),
+        share_cut=float((np.array(train_lengths) > trained.max_tokens).mean()),
     )
     return Card(
         data=data,
@@ -31,7 +33,7 @@ def write_card(info: RunInfo, train_lengths: Sequence[int], max_tokens: int, spl
         lengths=lengths,
         weakest=[_weakest(splits, split, logits_RNC) for split, logits_RNC in fp32.items()],
         by_length=_by_length(splits, fp32),
-        limits=_limits(data, language_models(info), splits.labels, max_tokens, trained_tokens, lengths),
+        limits=_limits(data, language_models(info), splits.labels, window, trained, lengths),
     )
 
 
@@ -61,8 +63,8 @@ def _limits(
     data: Sequence[Origin],
     teachers: Sequence[str],
     labels: Sequence[str],
-    max_tokens: int,
-    trained_tokens: int,
+    window: Window,
+    trained: Window,
     lengths: Lengths,
 ) -> list[str]:
     kinds: dict[str, list[str]] = {}
@@ -77,11 +79,17 @@ def _limits(
             for name in teachers
         ),
         f"Every text is given one of {', '.join(labels)}: there is no answer for what is none of them, or several.",
-        f"Of a text longer than {max_tokens} tokens only the beginning counts; in training it was {trained_tokens} "
-        f"tokens, and {lengths.share_cut:.1%} of the texts were longer.",
+        f"Of a text longer than {window.max_tokens} tokens only {read_of(window)} count; in training it was "
+        f"{read_of(trained)}, and {lengths.share_cut:.1%} of the texts were longer.",
         "The weights kept, the temperatures and the exit threshold were chosen on the validation split: expect a "
         "little less on texts of your own.",
     ]
+
+
+def read_of(window: Window) -> str:
+    """What is read of a longer text, in words."""
+    last = f" and the last {window.tail_tokens}" if window.tail_tokens else ""
+    return f"the first {window.max_tokens - window.tail_tokens}{last}"
 
 
 def render(manifest: Manifest) -> str:

@@ -113,7 +113,7 @@ def named(bundles: Sequence[Path]) -> dict[str, Path]:
 def _own(bundle: Bundle, texts: Path) -> Splits:
     labels = bundle.manifest.labels
     examples = {texts.name: read_examples(texts, labels, Columns())}
-    return gather(examples, labels, bundle.tokenizer, bundle.manifest.max_tokens)
+    return gather(examples, labels, bundle.tokenizer, bundle.manifest)
 
 
 def _reported(bundle: Bundle, data_dir: Path | None) -> Splits:
@@ -122,7 +122,7 @@ def _reported(bundle: Bundle, data_dir: Path | None) -> Splits:
     dataset = load_dataset(manifest.training.dataset, data_dir)
     # What judges another data set is called after it: "imdb validation".
     others = dict.fromkeys(split.rpartition(" ")[0] for split in manifest.quality if split not in dataset.judged)
-    splits = open_splits(dataset, list(filter(None, others)), data_dir, bundle.tokenizer, manifest.max_tokens)
+    splits = open_splits(dataset, list(filter(None, others)), data_dir, bundle.tokenizer, manifest)
     if missing := [split for split in manifest.quality if split not in splits.examples]:
         raise ExportError(f"the data has no {', '.join(missing)}, which the manifest of {bundle.path} reports")
     return splits

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from model_export.card import read_of
 from service.bundle import load_bundle
 from service.manifest import Calibration, Graph, Manifest, Precision
 
@@ -17,7 +18,7 @@ def inspect(path: Path) -> str:
             f"{manifest.name}@{manifest.version}: {manifest.task}, {manifest.architecture}",
             f"  labels      {', '.join(manifest.labels)}",
             f"  shape       {manifest.parameters:,} parameters, {manifest.iterations} iterations, "
-            f"texts of up to {manifest.max_tokens} tokens",
+            f"texts of up to {manifest.max_tokens} tokens, of longer ones {read_of(manifest)}",
             f"  operators   ONNX opset {manifest.opset}, {manifest.custom_op_domain} {manifest.custom_op_version}",
             f"  trained on  {manifest.training.dataset} ({manifest.training.texts}), seed {manifest.training.seed}",
             f"  run         {manifest.training.run_id}, commit {manifest.training.commit}",

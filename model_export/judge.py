@@ -13,7 +13,7 @@ from service.manifest import Difference, Quality
 from training.data import Dataset, load_dataset
 from training.examples import Examples
 from training.scores import score
-from training.tokenizer import encode
+from training.tokenizer import Window, encode
 
 SplitLogits = dict[str, FloatArray]
 """split -> logits (R, N, C)"""
@@ -56,7 +56,7 @@ class Splits:
 
 
 def open_splits(
-    dataset: Dataset, others: Sequence[str], data_dir: Path | None, tokenizer: Tokenizer, max_tokens: int
+    dataset: Dataset, others: Sequence[str], data_dir: Path | None, tokenizer: Tokenizer, window: Window
 ) -> Splits:
     """The splits of a run's own data set, and what judges the other data sets named; they must have its labels."""
     examples = dict(dataset.judged)
@@ -66,12 +66,12 @@ def open_splits(
             has = f"{other.name} has labels {', '.join(other.labels)}"
             raise ExportError(f"{has}, the run {', '.join(dataset.labels)}: it cannot be judged there")
         examples |= other.finals
-    return gather(examples, dataset.labels, tokenizer, max_tokens)
+    return gather(examples, dataset.labels, tokenizer, window)
 
 
-def gather(examples: Mapping[str, Examples], labels: Sequence[str], tokenizer: Tokenizer, max_tokens: int) -> Splits:
+def gather(examples: Mapping[str, Examples], labels: Sequence[str], tokenizer: Tokenizer, window: Window) -> Splits:
     """Splits by name, each of their distinct texts tokenized once."""
     texts = list(dict.fromkeys(text for part in examples.values() for text in part.texts))
     place_of = {text: place for place, text in enumerate(texts)}
     places = {split: [place_of[text] for text in part.texts] for split, part in examples.items()}
-    return Splits(examples, labels, encode(tokenizer, texts, max_tokens), places)
+    return Splits(examples, labels, encode(tokenizer, texts, window), places)

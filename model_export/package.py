@@ -52,6 +52,7 @@ from training.batches import pad, sorted_batches
 from training.data import load_dataset
 from training.prepare import check_source
 from training.run import RunInfo
+from training.shapes import AS_IN_TRAINING, Reading
 from training.tokenizer import encode, encode_whole
 
 RANGE_TEXTS = 512
@@ -77,7 +78,7 @@ class ExportOptions:
     portable: bool
     tolerances: Tolerances
     judge_on: tuple[str, ...] = ()
-    max_tokens: int | None = None
+    reading: Reading = AS_IN_TRAINING
 
 
 @dataclass(frozen=True)
@@ -148,19 +149,18 @@ def _check_replaceable(out: Path, name: str) -> None:
 
 def _open(options: ExportOptions) -> _Source:
     info = runs.read_info(options.run)
-    model = runs.read_model(options.run, options.max_tokens)
+    model = runs.read_model(options.run, options.reading)
     _Names(name=_name(info), task=info.task, labels=info.labels)
     tokenizer = runs.read_tokenizer(options.run)
     dataset = load_dataset(info.options["dataset"], options.data_dir)
     if list(dataset.labels) != info.labels:
         raise ExportError(f"{dataset.name} has labels {', '.join(dataset.labels)}, the run {', '.join(info.labels)}")
     check_source(options.run, info, dataset)
-    limit = model.config.max_tokens
-    splits = open_splits(dataset, options.judge_on, options.data_dir, tokenizer, limit)
+    splits = open_splits(dataset, options.judge_on, options.data_dir, tokenizer, model.config)
     texts = dataset.train.texts
     measured = texts[:: max(1, len(texts) // RANGE_TEXTS)]
     lengths = [len(ids) for ids in encode_whole(tokenizer, texts)]
-    return _Source(info, model, splits, encode(tokenizer, measured, limit), lengths)
+    return _Source(info, model, splits, encode(tokenizer, measured, model.config), lengths)
 
 
 def _write(source: _Source, options: ExportOptions, directory: Path) -> Manifest:
@@ -283,6 +283,7 @@ def _manifest(
         version="0" * 12,
         labels=info.labels,
         max_tokens=model.config.max_tokens,
+        tail_tokens=model.config.tail_tokens,
         parameters=sum(weight.numel() for weight in model.parameters()),
         iterations=source.iterations,
         tokenizer=StoredFile(**_stored(runs.TOKENIZER, directory)),
@@ -294,7 +295,7 @@ def _manifest(
         },
         left_out=stored.left_out,
         training=Training(**{name: info.provenance[name] for name in Training.model_fields}),
-        card=write_card(info, source.train_lengths, model.config.max_tokens, splits, fp32),
+        card=write_card(info, source.train_lengths, model.config, splits, fp32),
         quality={split: {name: found[split] for name, found in quality.items()} for split in splits.examples},
         calibration=calibrate("validation", validation, splits.examples["validation"].labels),
         parity=parity,

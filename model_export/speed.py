@@ -33,7 +33,7 @@ def speed(bundles: Sequence[Path], texts: Path, most: int, rounds: int) -> dict[
         for name, bundle in opened.items()
         for precision in bundle.manifest.precisions
     }
-    ids = {name: encode(bundle.tokenizer, inputs, bundle.manifest.max_tokens) for name, bundle in opened.items()}
+    ids = {name: encode(bundle.tokenizer, inputs, bundle.manifest) for name, bundle in opened.items()}
     depths = {name: bundle.manifest.iterations for name, bundle in opened.items()}
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in engines}
     for _ in tqdm(range(rounds), desc="speed", unit="round", leave=False):

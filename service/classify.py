@@ -37,7 +37,7 @@ from service.settings import Settings
 from service.texts import (
     Encoded,
     encode,
-    encode_beginning,
+    encode_ends,
     encode_further,
     likely_work,
     probabilities,
@@ -242,7 +242,7 @@ async def _encode_in_turns(
             if left.done():
                 raise ClientGone
         characters += len(text)
-        found = encode_beginning(bundle, text)
+        found = encode_ends(bundle, text)
         if found is None:
             loop = asyncio.get_running_loop()
             found = await _by(deadline, left, loop.run_in_executor(_TOKENIZER_THREAD, encode_further, bundle, text))

@@ -10,7 +10,7 @@ from typing import Annotated, Final, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
 VERSION_DIGITS = 12
 MOST_TOKENS = 8192
 """Of a text; a process runs one as long as that when it loads a bundle, and attention takes memory by its square."""
@@ -19,6 +19,7 @@ ANSWERING: Mapping[str, bool | set[str]] = {
     "architecture": True,
     "labels": True,
     "max_tokens": True,
+    "tail_tokens": True,
     "iterations": True,
     "tokenizer": True,
     "precisions": True,
@@ -211,13 +212,16 @@ class Calibration(_Strict):
 class Manifest(_Strict):
     """`manifest.json`. `iterations` is how often the model was trained to run its step (the baseline: once)."""
 
-    schema_version: Literal[3]
+    schema_version: Literal[4]
     name: Name
     task: Name
     architecture: Name
     version: Annotated[str, StringConstraints(pattern=rf"^[0-9a-f]{{{VERSION_DIGITS}}}$")]
     labels: Annotated[list[Label], Field(min_length=2)]
     max_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)]
+    """a text that has more is cut to so many"""
+    tail_tokens: Annotated[int, Field(ge=0)]
+    """how many of these are then its last ones, the others its first"""
     parameters: Annotated[int, Field(ge=1)]
     iterations: Annotated[int, Field(ge=1)]
     tokenizer: StoredFile
@@ -248,6 +252,12 @@ class Manifest(_Strict):
         if len(set(labels)) < len(labels):  # an answer's scores are by label
             raise ValueError("each label comes once")
         return labels
+
+    @model_validator(mode="after")
+    def _reads_a_beginning(self) -> Self:
+        if self.tail_tokens >= self.max_tokens:
+            raise ValueError(f"tail_tokens is {self.tail_tokens}: less than max_tokens, {self.max_tokens}, is needed")
+        return self
 
     @model_validator(mode="after")
     def _is_calibrated(self) -> Self:

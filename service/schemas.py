@@ -49,7 +49,9 @@ class Options(BaseModel):
         "be refused or miss the deadline; `degraded` tells.",
     )
     raw_scores: bool = Field(False, description="Answer with logits, uncalibrated, in place of probabilities.")
-    truncate: bool = Field(True, description="Cut a text that is too long; false: refuse it.")
+    truncate: bool = Field(
+        True, description="Cut a text that is too long as /models says of its model; false: refuse it."
+    )
     deadline_ms: float | None = Field(
         None, gt=0, description="Time for the answer in milliseconds. The service's own limit holds if it is shorter."
     )
@@ -143,7 +145,8 @@ class ModelInfo(BaseModel):
     task: str
     architecture: str
     labels: list[str]
-    max_tokens: int
+    max_tokens: int = Field(description="A text that has more is cut to so many.")
+    tail_tokens: int = Field(description="How many of these are then its last ones; the others are its first.")
     parameters: int
     iterations: int
     precision: str

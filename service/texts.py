@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tokenizers import Encoding
+
 from service.bundle import Bundle
 from service.confidence import softmax, temperature_after
 from service.jobs import CALL_TOKENS, Answer, Text
@@ -13,9 +15,9 @@ from service.schemas import Options, Result
 
 CHARACTERS = 4  # of a token, in English
 READ_AT_FIRST, READ_NEXT = 2 * CHARACTERS, 16 * CHARACTERS
-"""Of a text, so many characters are read for each token that the model takes; where these will not do, all are."""
+"""Of a long text, so many characters are read for each token that the model takes; where these will not do, all are."""
 OPEN_WORDS = 2
-"""So many words at the end of a beginning may be others in the whole: the last two of "it'l" are one of "it'll"."""
+"""So many words next to a cut may be others in the whole: the last two of "it'l" are one of "it'll"."""
 
 
 @dataclass(frozen=True)
@@ -32,43 +34,62 @@ class Encoded:
 
 
 def encode(bundle: Bundle, texts: Sequence[str]) -> list[Encoded]:
-    """Turn texts into ids, cut to what the model takes. The class token comes first, so cutting the end keeps it."""
-    return [encode_beginning(bundle, text) or encode_further(bundle, text) for text in texts]
+    """Turn texts into ids, cut to what the model takes; the class token is their first."""
+    return [encode_ends(bundle, text) or encode_further(bundle, text) for text in texts]
 
 
-def encode_beginning(bundle: Bundle, text: str) -> Encoded | None:
+def encode_ends(bundle: Bundle, text: str) -> Encoded | None:
     """Encode a text if little of it need be read for that, as of most, however long: what the model drops is not."""
-    return _encode(bundle, text, READ_AT_FIRST * bundle.manifest.max_tokens)
+    return _encode(bundle, text, READ_AT_FIRST)
 
 
 def encode_further(bundle: Bundle, text: str) -> Encoded:
     """Encode a text of which more must be read, since its words are long or few; a megabyte may take a second."""
-    return _encode(bundle, text, READ_NEXT * bundle.manifest.max_tokens) or _encode_whole(bundle, text)
+    return _encode(bundle, text, READ_NEXT) or _encode_whole(bundle, text)
 
 
 def _encode(bundle: Bundle, text: str, characters: int) -> Encoded | None:
-    """Encode a text by its first characters; None where the rest could change what the model takes of it.
+    """Encode a text by so many of its first and last characters for each token that the model takes of either.
 
-    What follows a beginning can change its last words only, and a word, to the tokenizer, is what it splits no further
-    by rule: a run of letters, a sign.
+    None where the rest could change these tokens. It can change no words but those next to it, and a word, to the
+    tokenizer, is what it splits no further by rule: a run of letters, a sign.
     """
-    limit = bundle.manifest.max_tokens
-    if len(text) <= characters:
+    tail = bundle.manifest.tail_tokens
+    head = bundle.manifest.max_tokens - tail
+    if len(text) <= (head + tail) * characters:
         return _encode_whole(bundle, text)
-    begun = bundle.tokenizer.encode(text[:characters])
-    first_dropped, last = begun.token_to_word(limit), begun.token_to_word(max(0, len(begun) - 1))  # None: of no word
+    first = _first(bundle.tokenizer.encode(text[: head * characters]), head)
+    last = _last(bundle.tokenizer.encode(text[len(text) - tail * characters :]), tail) if first else None
+    return None if first is None or last is None else Encoded(first + last, truncated=True)
+
+
+def _first(begun: Encoding, tokens: int) -> list[int] | None:
+    """So many of its first ids; None where what follows could change them."""
+    first_dropped, last = begun.token_to_word(tokens), begun.token_to_word(max(0, len(begun) - 1))  # None: of no word
     if first_dropped is None or last is None or last - first_dropped < OPEN_WORDS:
         return None
-    return Encoded(begun.ids[:limit], truncated=True)
+    return begun.ids[:tokens]
+
+
+def _last(ended: Encoding, tokens: int) -> list[int] | None:
+    """So many of its last ids; None where what comes before could change them."""
+    if not tokens:
+        return []
+    first_kept = ended.token_to_word(max(0, len(ended) - tokens))
+    if first_kept is None or first_kept < OPEN_WORDS:
+        return None
+    return ended.ids[-tokens:]
 
 
 def _encode_whole(bundle: Bundle, text: str) -> Encoded:
-    limit = bundle.manifest.max_tokens
     ids = bundle.words.ids(text) if bundle.words else None
     if ids is None:
         (whole,) = bundle.tokenizer.encode_batch_fast([text])
         ids = whole.ids
-    return Encoded(ids[:limit], len(ids) > limit)
+    limit, tail = bundle.manifest.max_tokens, bundle.manifest.tail_tokens
+    if len(ids) <= limit:
+        return Encoded(ids, truncated=False)
+    return Encoded(ids[: limit - tail] + ids[len(ids) - tail :], truncated=True)
 
 
 def texts_to_run(asked: Options, manifest: Manifest, encoded: Sequence[Encoded], sure: float = 0.0) -> list[Text]:

@@ -6,7 +6,15 @@ import itertools
 import json
 import random
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
+
+
+class Window(NamedTuple):
+    """How much of a text is read."""
+
+    max_tokens: int
+    tail_tokens: int = 0
+
 
 Architecture = Literal["recurrent", "baseline"]
 

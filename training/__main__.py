@@ -14,6 +14,7 @@ import tyro
 from training.config import LinearConfig, PretrainConfig, RunConfig, StatesConfig, TrainConfig
 from training.errors import TrainingError
 from training.experiments.options import ExperimentsConfig
+from training.shapes import Reading
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class EvaluateConfig:
     """Run the recurrent model this many times instead of as often as trained."""
     max_tokens: int | None = None
     """Read so much of each text instead of as much as in training."""
+    tail_tokens: int | None = None
+    """Read so many of a longer text's last tokens, as many fewer of its first, instead of as many as in training."""
     output: Path | None = None
     """Where the JSON goes; RUN/evaluation.json unless given."""
 
@@ -167,14 +170,13 @@ def _evaluate(config: EvaluateConfig) -> None:
     output = config.output or config.run / EVALUATION
     if config.output:
         make_room(output)
+    reading = Reading(config.max_tokens, config.tail_tokens)
     if config.split == "all":
-        splits = evaluate_all(config.run, config.data_dir, config.dataset, config.iterations, config.max_tokens)
+        splits = evaluate_all(config.run, config.data_dir, config.dataset, config.iterations, reading)
         print("\n\n".join(map(table, splits.values())))
         write_json(output, splits)
     else:
-        figures = evaluate(
-            config.run, config.data_dir, config.split, config.dataset, config.iterations, config.max_tokens
-        )
+        figures = evaluate(config.run, config.data_dir, config.split, config.dataset, config.iterations, reading)
         print(table(figures))
         write_json(output, figures)
 

@@ -45,7 +45,9 @@ def average(sources: Sequence[Path], output: Path) -> Path:
 
 
 def _kind(source: Path, info: RunInfo) -> dict[str, Any]:
-    """What must be alike; how long texts may be, and dropout, are in no weight."""
-    shape = {name: value for name, value in info.encoder.items() if name not in ("max_tokens", "dropout")}
+    """What must be alike; how much of a text is read, and dropout, are in no weight."""
+    shape = {
+        name: value for name, value in info.encoder.items() if name not in ("max_tokens", "tail_tokens", "dropout")
+    }
     tokenizer = (source / runs.TOKENIZER).read_bytes()
     return {"labels": info.labels, "architecture": info.architecture, "shape": shape, "tokenizer": tokenizer}

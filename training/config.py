@@ -1,19 +1,15 @@
 """The options of a training: what `train`, `pretrain`, `linear` and `states` take, and a run keeps in `config.json`."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from training.errors import TrainingError
-from training.shapes import SHAPES, EncoderConfig, Pooling
+from training.shapes import SHAPES, EncoderConfig, Pooling, check_max_tokens, check_tail_tokens
 
 SMALLEST_VOCABULARY = 260
 """Every byte and the four special tokens."""
-FEWEST_TOKENS = 3
-"""Of a text that is cut: with fewer the exporter takes a text's length for fixed."""
-MOST_TOKENS = 8192
-"""The most that a bundle may say."""
 SEEDS = 2**32
 """What scikit-learn takes; PyTorch would take more."""
 
@@ -21,11 +17,6 @@ SEEDS = 2**32
 def check_seed(seed: int) -> None:
     if not 0 <= seed < SEEDS:
         raise TrainingError(f"--seed is {seed}; a whole number from 0 to {SEEDS - 1} is needed")
-
-
-def check_max_tokens(max_tokens: int) -> None:
-    if not FEWEST_TOKENS <= max_tokens <= MOST_TOKENS:
-        raise TrainingError(f"--max-tokens is {max_tokens}; {FEWEST_TOKENS} to {MOST_TOKENS} are possible")
 
 
 def check_share(train_share: float) -> None:
@@ -148,6 +139,9 @@ class TrainConfig(RunConfig):
     are those of its passages."""
     states_weight: float = 16.0
     """What such a guess counts in the loss, where labels and teachers count one."""
+    tail_tokens: int = 0
+    """Of a text with more than --max-tokens, how many of those that are read are its last ones; the others are its
+    first."""
     token_dropout: float = 0.1
     """Share of tokens replaced by [MASK] in training."""
     label_smoothing: float = 0.0
@@ -159,6 +153,10 @@ class TrainConfig(RunConfig):
         super().__post_init__()
         if not 0 <= self.teacher_weight <= 1:
             raise TrainingError(f"--teacher-weight is {self.teacher_weight}; a share from 0 to 1 is needed")
+        check_tail_tokens(self.tail_tokens, self.max_tokens)
+
+    def encoder(self, classes: int, vocabulary: int) -> EncoderConfig:
+        return replace(super().encoder(classes, vocabulary), tail_tokens=self.tail_tokens)
 
 
 @dataclass(frozen=True)

@@ -20,17 +20,16 @@ from training.examples import Examples
 from training.linear import LinearModel, read_linear
 from training.prepare import check_source
 from training.scores import score
+from training.shapes import AS_IN_TRAINING, Reading
 from training.tokenizer import encode
 
 BATCH_TOKENS = 8192  # on a CPU batches of four times as many take half as long again
 
 
 @torch.inference_mode()
-def predict(
-    model: Encoder, tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int, iterations: int | None = None
-) -> Tensor:
+def predict(model: Encoder, tokenizer: Tokenizer, texts: Sequence[str], iterations: int | None = None) -> Tensor:
     """The logits of every iteration for every text, (R, N, C) float32, in the texts' order."""
-    ids = encode(tokenizer, texts, max_tokens)
+    ids = encode(tokenizer, texts, model.config)
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -55,22 +54,27 @@ class Network:
     iterations: int | None = None
 
     @property
+    def reads(self) -> dict[str, int]:
+        """How much of a text."""
+        return {name: getattr(self.model.config, name) for name in ("max_tokens", "tail_tokens")}
+
+    @property
     def parameters(self) -> int:
         return sum(p.numel() for p in self.model.parameters())
 
     def logits(self, texts: Sequence[str]) -> Tensor:
-        return predict(self.model, self.tokenizer, texts, self.model.config.max_tokens, self.iterations)
+        return predict(self.model, self.tokenizer, texts, self.iterations)
 
 
 def read_classifier(
-    run: Path, device: torch.device, iterations: int | None = None, max_tokens: int | None = None
+    run: Path, device: torch.device, iterations: int | None = None, reading: Reading = AS_IN_TRAINING
 ) -> Network | LinearModel:
     """A run of any kind; both tell their `logits` of texts, (R, N, C) float32. A linear model stays on the CPU."""
     if runs.read_info(run).architecture == runs.LINEAR:
-        if max_tokens is not None:
-            raise TrainingError(f"--max-tokens {max_tokens}: {run} is linear, and reads all of a text")
+        if reading != AS_IN_TRAINING:
+            raise TrainingError(f"{run} is linear, and reads all of a text: leave --max-tokens and --tail-tokens out")
         return read_linear(run)
-    return Network(runs.read_model(run, max_tokens).to(device), runs.read_tokenizer(run), iterations)
+    return Network(runs.read_model(run, reading).to(device), runs.read_tokenizer(run), iterations)
 
 
 def evaluate(
@@ -79,14 +83,14 @@ def evaluate(
     split: str,
     dataset_name: str | None,
     iterations: int | None,
-    max_tokens: int | None = None,
+    reading: Reading = AS_IN_TRAINING,
 ) -> dict[str, Any]:
     """The figures of a run on one split of its own data set, or of another with the same labels."""
     dataset = _load(run, data_dir, dataset_name)
     examples = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}[split]
     if examples is None:
         raise TrainingError(f"data set '{dataset.name}' has no labelled {split} split")
-    return _measure(run, dataset.name, {split: examples}, iterations, max_tokens)[split]
+    return _measure(run, dataset.name, {split: examples}, iterations, reading)[split]
 
 
 def evaluate_all(
@@ -94,11 +98,11 @@ def evaluate_all(
     data_dir: Path | None,
     dataset_name: str | None,
     iterations: int | None,
-    max_tokens: int | None = None,
+    reading: Reading = AS_IN_TRAINING,
 ) -> dict[str, dict[str, Any]]:
     """The same on every split that a manifest reports quality on: of a mix, each source by itself."""
     dataset = _load(run, data_dir, dataset_name)
-    return _measure(run, dataset.name, dataset.judged, iterations, max_tokens)
+    return _measure(run, dataset.name, dataset.judged, iterations, reading)
 
 
 def _load(run: Path, data_dir: Path | None, name: str | None) -> Dataset:
@@ -113,7 +117,7 @@ def _load(run: Path, data_dir: Path | None, name: str | None) -> Dataset:
 
 
 def _measure(
-    run: Path, dataset: str, splits: Mapping[str, Examples], iterations: int | None, max_tokens: int | None
+    run: Path, dataset: str, splits: Mapping[str, Examples], iterations: int | None, reading: Reading
 ) -> dict[str, dict[str, Any]]:
     """The figures of a run on each of the splits; a text that is in several of them is read once."""
     info = runs.read_info(run)
@@ -121,7 +125,7 @@ def _measure(
         raise TrainingError(
             f"--iterations {iterations}: at least 1, and for a recurrent model only, not {info.architecture}"
         )
-    classifier = read_classifier(run, torch.device("cpu"), iterations, max_tokens)
+    classifier = read_classifier(run, torch.device("cpu"), iterations, reading)
     texts = list(dict.fromkeys(text for examples in splits.values() for text in examples.texts))
     started = time.perf_counter()
     answers_RN = classifier.logits(texts).argmax(-1)
@@ -134,6 +138,7 @@ def _measure(
             "seed": info.options["seed"],
             "dataset": dataset,
             "split": split,
+            "reads": classifier.reads,
             "parameters": classifier.parameters,
             "megabytes_fp32": classifier.parameters * 4 / 1e6,
             "milliseconds_per_text": seconds * 1000 / len(texts),

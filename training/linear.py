@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -45,6 +45,9 @@ class LinearModel:
     idf_V: Vector
     weight_VC: Vector
     bias_C: Vector
+
+    reads: ClassVar[str] = "all"
+    """Of a text."""
 
     @property
     def parameters(self) -> int:

@@ -19,7 +19,7 @@ from training.evaluate import predict
 from training.run import RunInfo
 from training.scores import score
 from training.states import States, last_tokens
-from training.tokenizer import CLASSIFY_ID, MASK_ID, PAD_ID, encode, encode_offsets
+from training.tokenizer import CLASSIFY_ID, MASK_ID, PAD_ID, cut, encode, encode_offsets
 
 FARTHEST = 6.0
 """In standard deviations: what a state may be away from the mean and still be meant as it is."""
@@ -58,7 +58,7 @@ class Classification(Objective[Encoder]):
     def __init__(self, config: TrainConfig, dataset: Dataset, info: RunInfo, taught_NC: Tensor | None) -> None:
         self.config, self.dataset, self.info, self.taught_NC = config, dataset, info, taught_NC
         self.tokenizer = runs.read_tokenizer(config.output_dir)
-        self.ids = encode(self.tokenizer, dataset.train.texts, config.max_tokens)
+        self.ids = encode(self.tokenizer, dataset.train.texts, config)
 
     def build_model(self) -> Encoder:
         model = self.info.build_model()
@@ -92,7 +92,7 @@ class Classification(Objective[Encoder]):
 
     def validate(self, model: Encoder) -> list[dict[str, float]]:
         validation = self.dataset.validation
-        logits_RNC = predict(model, self.tokenizer, validation.texts, self.config.max_tokens)
+        logits_RNC = predict(model, self.tokenizer, validation.texts)
         figures = [score(validation.labels, n, self.dataset.labels) for n in logits_RNC.argmax(-1).tolist()]
         return [{name: one[name] for name in ("accuracy", "macro_f1")} for one in figures]
 
@@ -130,7 +130,7 @@ class StateGuessing(Objective[StateGuesser]):
         config, texts = classification.config, classification.dataset.train.texts
         # Of each text its words and their last tokens; arrays, as millions of words in dictionaries take gigabytes.
         self.ends = [
-            np.array([*last_tokens(text, offsets[: config.max_tokens]).items()], np.int32).reshape(-1, 2)
+            np.array([*last_tokens(text, cut(offsets, config)).items()], np.int32).reshape(-1, 2)
             for text, offsets in zip(texts, encode_offsets(classification.tokenizer, texts), strict=True)
         ]
 
@@ -148,7 +148,7 @@ class StateGuessing(Objective[StateGuesser]):
         return self.classification.loss_of(logits_RBC, batch) + guessing
 
     def _words(self, batch: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Row and place of the last token of every known word that is whole, (W,) twice, and its states (W, C)."""
+        """Row and place of the last token of every known word whose end is read, (W,) twice, and its states (W, C)."""
         none = torch.zeros(0, dtype=torch.long)
         rows, places, states = [none], [none], [torch.zeros(0, self.states.columns)]
         for row, index in enumerate(batch):

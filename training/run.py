@@ -10,7 +10,6 @@ evaluation.json     what `evaluate` found
 lock                held by the training that is at work here; by itself it means nothing
 """
 
-import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,9 +27,8 @@ from torch import Tensor
 
 from training.architectures import ARCHITECTURES
 from training.architectures.encoder import Encoder
-from training.config import check_max_tokens
 from training.errors import TrainingError
-from training.shapes import EncoderConfig
+from training.shapes import AS_IN_TRAINING, EncoderConfig, Reading
 
 WEIGHTS, LAST, CONFIG, TOKENIZER, METRICS, EVALUATION, LOCK = (
     "model.safetensors", "last.pt", "config.json", "tokenizer.json", "metrics.jsonl", "evaluation.json", "lock",
@@ -54,8 +52,8 @@ class RunInfo:
     options: dict[str, Any]
     provenance: dict[str, Any]
 
-    def build_model(self) -> Encoder:
-        return ARCHITECTURES[self.architecture](EncoderConfig(**self.encoder))
+    def build_model(self, reading: Reading = AS_IN_TRAINING) -> Encoder:
+        return ARCHITECTURES[self.architecture](reading.of(EncoderConfig(**self.encoder)))
 
 
 def learned_from(info: RunInfo) -> list[str]:
@@ -119,18 +117,12 @@ def write_weights(run: Path, weights: Mapping[str, Tensor]) -> None:
     replace(run / WEIGHTS, save({name: tensor.contiguous() for name, tensor in weights.items()}))
 
 
-def read_model(run: Path, max_tokens: int | None = None) -> Encoder:
-    """The run's best weights in its architecture, ready for evaluation.
-
-    It reads up to `max_tokens` of a text, or as many as in training: no weight depends on how many.
-    """
+def read_model(run: Path, reading: Reading = AS_IN_TRAINING) -> Encoder:
+    """The run's best weights in its architecture, ready for evaluation; it reads as much of a text as is said."""
     info = read_info(run)
-    if max_tokens is not None:
-        check_max_tokens(max_tokens)
-        info = dataclasses.replace(info, encoder={**info.encoder, "max_tokens": max_tokens})
     check_decides(run, info)
     check_network(run, info)
-    return _read_weights(run, info.build_model(), {}).eval()
+    return _read_weights(run, info.build_model(reading), {}).eval()
 
 
 def check_decides(run: Path, info: RunInfo) -> None:

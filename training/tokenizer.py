@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Literal, Protocol, TypeVar
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tqdm import tqdm
@@ -91,9 +91,28 @@ def _learn_bpe(texts: Sequence[str], vocabulary: int) -> Tokenizer:
     return tokenizer
 
 
-def encode(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
-    """The first `max_tokens` ids of each text."""
-    return [ids[:max_tokens] for ids in encode_whole(tokenizer, texts)]
+Token = TypeVar("Token")
+
+
+class Window(Protocol):
+    """How much of a text is read: `max_tokens`, of which a longer one's last `tail_tokens`."""
+
+    @property
+    def max_tokens(self) -> int: ...
+    @property
+    def tail_tokens(self) -> int: ...
+
+
+def encode(tokenizer: Tokenizer, texts: Sequence[str], window: Window) -> list[list[int]]:
+    """The ids of each text, cut to the window."""
+    return [cut(ids, window) for ids in encode_whole(tokenizer, texts)]
+
+
+def cut(tokens: list[Token], window: Window) -> list[Token]:
+    """What the window takes of a text's tokens."""
+    if len(tokens) <= window.max_tokens:
+        return tokens
+    return tokens[: window.max_tokens - window.tail_tokens] + tokens[len(tokens) - window.tail_tokens :]
 
 
 def encode_whole(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[list[int]]:

@@ -34,11 +34,16 @@ class RawModel:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
-        self._max_tokens = manifest["max_tokens"]
+        self._max_tokens, self._tail_tokens = manifest["max_tokens"], manifest["tail_tokens"]
         self._temperatures = manifest["calibration"]["temperatures"]
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids[: self._max_tokens] for encoding in self._tokenizer.encode_batch_fast(list(texts))]
+        return [self._cut(encoding.ids) for encoding in self._tokenizer.encode_batch_fast(list(texts))]
+
+    def _cut(self, ids: list[int]) -> list[int]:
+        if len(ids) <= self._max_tokens:
+            return ids
+        return ids[: self._max_tokens - self._tail_tokens] + ids[len(ids) - self._tail_tokens :]
 
     def run(self, ids: Sequence[Sequence[int]], iterations: int, exit_threshold: float = 1) -> list[FloatArray]:
         """Probabilities (texts, classes) after each iteration; below a threshold of 1, until every text reaches it."""

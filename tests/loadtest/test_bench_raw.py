@@ -1,6 +1,7 @@
 """The raw runtime on the tiny bundles, and the processes that it runs in."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +37,28 @@ def test_answers_are_the_same_alone_and_in_any_batch(recurrent: RawModel) -> Non
     assert all(sum(scores) == pytest.approx(1) for one in together for scores in one["scores"])
 
 
-def test_answers_are_those_of_the_service(models_dir: Path, recurrent: RawModel) -> None:
+@pytest.mark.parametrize("tail_tokens", [0, 15])
+def test_answers_are_those_of_the_service(tail_tokens: int, models_dir: Path, tmp_path: Path) -> None:
     from fastapi.testclient import TestClient
 
     from service.app import create_app
+    from service.manifest import Manifest, content_version
     from service.settings import Settings
     from tests.service.fakes import wait_until
 
-    texts = [*TEXTS, "a [MASK] film", "a wonderful story , but " * 20]
-    with TestClient(create_app(Settings(models_dir=models_dir))) as client:
+    name = f"{tiny.DATASET}-recurrent"
+    path = shutil.copytree(models_dir / name, tmp_path / name) / "manifest.json"
+    manifest = Manifest.model_validate(json.loads(path.read_text()) | {"tail_tokens": tail_tokens})
+    path.write_text(manifest.model_copy(update={"version": content_version(manifest)}).model_dump_json())
+    texts = [*TEXTS, "a [MASK] film", "a wonderful story , but " * 20 + "a dull and tedious ending"]
+    with TestClient(create_app(Settings(models_dir=tmp_path))) as client:
         wait_until(lambda: client.get("/readyz").status_code == 200, seconds=60)
-        asked = {"inputs": texts, "architecture": "recurrent", "exit_threshold": 1}
-        said = client.post("/classify", json=asked).json()
-    known = [one["scores"][-1] for one in answers(recurrent, job(texts=texts))]
+        said = client.post("/classify", json={"inputs": texts, "exit_threshold": 1}).json()
+        (model,) = client.get("/models").json()["models"]
+    assert (model["max_tokens"], model["tail_tokens"]) == (tiny.MAX_TOKENS, tail_tokens)
+    known = [one["scores"][-1] for one in answers(RawModel(tmp_path / name, "int8", "cpu"), job(texts=texts))]
     assert [one["score"] for one in said["results"]] == pytest.approx([max(scores) for scores in known], abs=1e-5)
+    assert said["results"][-1]["truncated"]
 
 
 def test_a_run_ends_once_every_text_is_sure_enough(recurrent: RawModel) -> None:

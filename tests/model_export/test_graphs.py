@@ -13,8 +13,7 @@ from model_export.graphs import Graphs, describe, export_graphs, to_fp16, unroll
 from model_export.ops import DOMAIN, OPSET
 from service.bundle import Bundle
 from training.architectures.recurrent import RecurrentTransformer
-from training.config import FEWEST_TOKENS
-from training.shapes import EncoderConfig
+from training.shapes import FEWEST_TOKENS, EncoderConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -138,7 +138,7 @@ def test_each_text_is_run_once_and_stands_where_it_should(
 ) -> None:
     tokenizer = read_tokenizer(run_dirs["recurrent"])
     dataset = load_dataset("elsewhere", two_sets)
-    splits = open_splits(dataset, [tiny.DATASET], two_sets, tokenizer, 40)
+    splits = open_splits(dataset, [tiny.DATASET], two_sets, tokenizer, tiny.Window(40))
     assert list(splits.examples) == ["validation", "test", f"{tiny.DATASET} validation"]
     texts = {text for part in splits.examples.values() for text in part.texts}
     assert len(splits.ids) == len(texts) < sum(map(len, splits.examples.values()))
@@ -152,7 +152,13 @@ def test_a_set_with_other_labels_cannot_judge(two_sets: Path, run_dirs: Mapping[
     lines = [json.dumps({"text": f"text {n}", "label": ("no", "yes")[n % 2]}) for n in range(40)]
     (two_sets / "alien" / "train.jsonl").write_text("\n".join(lines))
     with pytest.raises(ExportError, match=r"^alien has labels no, yes, the run negative, positive: it cannot be"):
-        open_splits(load_dataset(tiny.DATASET, two_sets), ["alien"], two_sets, read_tokenizer(run_dirs["baseline"]), 9)
+        open_splits(
+            load_dataset(tiny.DATASET, two_sets),
+            ["alien"],
+            two_sets,
+            read_tokenizer(run_dirs["baseline"]),
+            tiny.Window(9),
+        )
 
 
 @pytest.mark.parametrize("text", ["a [MASK] film", "[PAD]", "[CLS] moving [UNK]", "Wonderful\u00a0 story!", "\u0000"])
@@ -162,7 +168,7 @@ def test_a_text_is_learned_and_judged_from_the_tokens_that_it_is_served_with(
     """Somebody's "[MASK]" is those letters in training too, or its figures would be of other texts than are served."""
     architecture: Architecture = "recurrent" if bundle.manifest.architecture == "recurrent" else "baseline"
     tokenizer = read_tokenizer(run_dirs[architecture])
-    assert encode(tokenizer, [text], tiny.MAX_TOKENS) == [bundle.tokenizer.encode(text).ids]
+    assert encode(tokenizer, [text], bundle.manifest) == [bundle.tokenizer.encode(text).ids]
 
 
 def test_what_a_manifest_reports_can_be_measured_anew(judged: Bundle, two_sets: Path) -> None:

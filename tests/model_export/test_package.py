@@ -25,6 +25,7 @@ from service.manifest import GraphRole
 from tests import tiny
 from tests.tiny import Architecture
 from training.run import CONFIG, WEIGHTS, read_info, read_model
+from training.shapes import Reading
 
 
 def export_options(run: Path, out: Path, data_dir: Path, **changed: Any) -> ExportOptions:
@@ -80,15 +81,15 @@ def test_the_manifest_says_all_that_is_promised(bundle: Bundle, run_dirs: Mappin
     assert all((one.split, one.texts) == ("validation", 40) and one.labels_agree >= 0.98 for one in found)
 
 
-def test_a_bundle_may_read_more_of_a_text_than_its_run_did(
+def test_a_bundle_may_read_other_parts_of_a_text_than_its_run_did(
     run_dirs: Mapping[Architecture, Path], data_dir: Path, tmp_path: Path
 ) -> None:
     run, most = run_dirs["recurrent"], tiny.MAX_TOKENS + 24
-    bundle = load_bundle(export(export_options(run, tmp_path / "out", data_dir, max_tokens=most)))
-    assert bundle.manifest.max_tokens == most
-    said = f"longer than {most} tokens only the beginning counts; in training it was {tiny.MAX_TOKENS} tokens, and 0.0%"
+    bundle = load_bundle(export(export_options(run, tmp_path / "out", data_dir, reading=Reading(most, 20))))
+    assert (bundle.manifest.max_tokens, bundle.manifest.tail_tokens) == (most, 20)
+    said = f"than {most} tokens only the first 44 and the last 20 count; in training it was the first 40, and 0.0% of"
     assert any(said in limit for limit in bundle.manifest.card.limits)
-    model = read_model(run, most)
+    model = read_model(run, Reading(most))
     ids = [place * 7 % model.config.vocabulary for place in range(most)]
     engine = open_engine(bundle, provider="cpu", precision="fp32", threads=1)
     (state_LD,), _ = engine.step(engine.embed([ids]))
@@ -96,6 +97,21 @@ def test_a_bundle_may_read_more_of_a_text_than_its_run_did(
     expected_RBC = model(torch.tensor([ids])).detach()
     assert logits_BC[0] == pytest.approx(expected_RBC[-1, 0].numpy(), abs=1e-2)  # the weights are FP16's
     assert bundle.manifest.quality["validation"]["fp16"][-1].accuracy >= 0.95
+
+
+def test_an_export_keeps_how_a_run_reads_or_takes_what_it_is_told(
+    run_dirs: Mapping[Architecture, Path], data_dir: Path, tmp_path: Path
+) -> None:
+    run = run_dirs["baseline"]
+    reads_both_ends = altered_run(run, tmp_path / "run", encoder=read_info(run).encoder | {"tail_tokens": 7})
+    command = [str(reads_both_ends), str(tmp_path / "out"), "--data-dir", str(data_dir), "--precisions", "fp16"]
+    assert main(command) == 0
+    assert load_bundle(tmp_path / "out").manifest.tail_tokens == 7
+    assert main([*command, "--tail-tokens", "9"]) == 0
+    manifest = load_bundle(tmp_path / "out").manifest
+    assert manifest.tail_tokens == 9
+    said = "only the first 31 and the last 9 count; in training it was the first 33 and the last 7, and"
+    assert any(said in limit for limit in manifest.card.limits)
 
 
 def test_the_tiny_models_have_learned_their_task(bundle: Bundle) -> None:

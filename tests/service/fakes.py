@@ -47,13 +47,14 @@ def fake_bundle(
 ) -> Bundle:
     """A bundle that was never on disk; its manifest has what the service reads."""
     manifest = Manifest.model_construct(
-        schema_version=3,
+        schema_version=4,
         name=f"{task}-{architecture}",
         task=task,
         architecture=architecture,
         version="0123456789ab",
         labels=LABELS[task],
         max_tokens=MAX_TOKENS,
+        tail_tokens=0,
         parameters=1000,
         iterations=2 if architecture == "recurrent" else 1,
         precisions={},

@@ -95,6 +95,7 @@ def test_a_version_that_does_not_follow_from_the_content_is_found(bundle_dir: Pa
         (["architecture"], "another"),
         (["labels"], ["positive", "negative"]),
         (["max_tokens"], 39),
+        (["tail_tokens"], 1),
         (["calibration", "temperatures", 1], 1.2345),
         (["calibration", "exit_threshold"], 0.9876),
     ],
@@ -138,15 +139,16 @@ def test_a_bundle_of_another_schema_is_refused_with_what_to_do(bundle_dir: Path)
     document = json.loads((bundle_dir / MANIFEST).read_text())
     del document["calibration"]
     (bundle_dir / MANIFEST).write_text(json.dumps(document | {"schema_version": 1}))
-    said = "schema_version: the bundle's is 1, this release reads 3: export its run again"
+    said = "schema_version: the bundle's is 1, this release reads 4: export its run again"
     assert f"{MANIFEST}: {said}" in refused(bundle_dir)
 
 
 @pytest.mark.parametrize(
     ("path", "to", "said"),
     [
-        (["schema_version"], 4, "schema_version: the bundle's is 4, this release reads 3"),
+        (["schema_version"], 5, "schema_version: the bundle's is 5, this release reads 4"),
         (["max_tokens"], 10**9, "max_tokens: Input should be less than or equal to 8192"),
+        (["tail_tokens"], 40, "the document: Value error, tail_tokens is 40: less than max_tokens, 40, is needed"),
         (["surprise"], 1, "surprise: Extra inputs are not permitted"),
         (["precisions", "int8", "graphs", "step", "surprise"], 1, "precisions.int8.graphs.step.surprise: Extra"),
         (["precisions", "int4"], {}, "precisions.int4"),

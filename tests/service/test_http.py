@@ -174,7 +174,7 @@ def test_a_big_list_is_tokenized_in_turns_with_the_same_answers(client: TestClie
 
 
 def test_a_long_text_does_not_wait_for_one_that_takes_long(client: TestClient) -> None:
-    """Of a huge word all must be read; of other texts, however long, their beginning will do."""
+    """Of a huge word all must be read; of other texts, however long, their ends will do."""
     over = threading.Event()
     _TOKENIZER_THREAD.submit(over.wait, 30)
     try:

@@ -136,6 +136,7 @@ def test_a_value_of_the_wrong_kind_is_named(
         ("vocabulary", 100),
         ("train_share", 0),
         ("max_tokens", 2),
+        ("tail_tokens", 16),
         ("learning_rate", -0.001),
         ("learning_rate", "nan"),
         ("clip_norm", 0.0),

@@ -16,6 +16,7 @@ from training.errors import TrainingError
 from training.evaluate import evaluate, predict, read_classifier, table
 from training.loop import train
 from training.scores import score
+from training.shapes import AS_IN_TRAINING, Reading
 
 #          truth:    a  a  a  a  b  b  b  c  c  c
 TRUTH, PREDICTED = [0, 0, 0, 0, 1, 1, 1, 2, 2, 2], [0, 0, 1, 2, 1, 1, 0, 0, 0, 0]
@@ -44,29 +45,27 @@ def test_a_class_that_never_occurs_counts_as_nothing() -> None:
 def test_predictions_keep_the_order_of_the_texts_and_equal_each_text_alone(run: Path) -> None:
     model, tokenizer = runs.read_model(run), runs.read_tokenizer(run)
     texts = [record["text"] for record in easy_records(70, seed=5)]  # more than one batch
-    together_RNC = predict(model, tokenizer, texts, 16)
+    together_RNC = predict(model, tokenizer, texts)
     assert together_RNC.shape == (2, 70, 2)
     for number, text in enumerate(texts):
-        torch.testing.assert_close(
-            predict(model, tokenizer, [text], 16)[:, 0], together_RNC[:, number], rtol=0, atol=1e-5
-        )
+        torch.testing.assert_close(predict(model, tokenizer, [text])[:, 0], together_RNC[:, number], rtol=0, atol=1e-5)
 
 
 def test_a_training_in_bf16_is_judged_in_fp32(run: Path) -> None:
     model, tokenizer = runs.read_model(run), runs.read_tokenizer(run)
     texts = [record["text"] for record in easy_records(20, seed=5)]
-    expected_RNC = predict(model, tokenizer, texts, 16)
+    expected_RNC = predict(model, tokenizer, texts)
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)
     trained = accelerator.unwrap_model(accelerator.prepare_model(model))
     ids_BL = torch.tensor([[2, 5, 6, 7]])
     assert not torch.equal(trained(ids_BL), Encoder.forward(trained, ids_BL)), "it would be rounded otherwise"
-    assert torch.equal(predict(trained, tokenizer, texts, 16), expected_RNC)
+    assert torch.equal(predict(trained, tokenizer, texts), expected_RNC)
 
 
 def test_predicting_leaves_a_model_in_training_in_training(run: Path) -> None:
     model = runs.read_model(run).train()
     tokenizer = runs.read_tokenizer(run)
-    once, again = (predict(model, tokenizer, ["a charming film"], 16) for _ in range(2))
+    once, again = (predict(model, tokenizer, ["a charming film"]) for _ in range(2))
     assert torch.equal(once, again), "dropout is off"
     assert model.training
 
@@ -74,7 +73,7 @@ def test_predicting_leaves_a_model_in_training_in_training(run: Path) -> None:
 def test_evaluation_counts_what_the_model_predicts(run: Path, easy_dir: Path) -> None:
     figures = evaluate(run, easy_dir, "test", None, None)
     records = easy_records(13, seed=2)  # what `easy` has as its test split
-    logits_RNC = predict(runs.read_model(run), runs.read_tokenizer(run), [record["text"] for record in records], 16)
+    logits_RNC = predict(runs.read_model(run), runs.read_tokenizer(run), [record["text"] for record in records])
     assert list(figures["iterations"]) == ["1", "2"]
     for iteration, one in figures["iterations"].items():
         matrix = [[0, 0], [0, 0]]
@@ -88,21 +87,37 @@ def test_evaluation_counts_what_the_model_predicts(run: Path, easy_dir: Path) ->
     assert figures["milliseconds_per_text"] > 0
 
 
-@pytest.mark.parametrize("most", [3, 64])  # less and more than in training
-def test_it_may_read_less_or_more_of_each_text_than_in_training(run: Path, most: int) -> None:
+@pytest.mark.parametrize("reading", [Reading(3), Reading(64), Reading(None, 8), Reading(12, 5)], ids=str)
+def test_it_may_read_other_parts_of_each_text_than_in_training(run: Path, reading: Reading) -> None:
     texts = [" ".join(["the film was"] * 8 + [record["text"]]) for record in easy_records(13, seed=2)]
-    as_trained, otherwise = (read_classifier(run, torch.device("cpu"), max_tokens=tokens) for tokens in (None, most))
-    expected_RNC = predict(runs.read_model(run, most), runs.read_tokenizer(run), texts, most)
-    assert torch.equal(otherwise.logits(texts), expected_RNC)
+    as_trained, otherwise = (
+        read_classifier(run, torch.device("cpu"), reading=one) for one in (AS_IN_TRAINING, reading)
+    )
+    model, tokenizer = runs.read_model(run, Reading(64)), runs.read_tokenizer(run)
+    most, tail = reading.max_tokens or 16, reading.tail_tokens or 0
+    whole = [tokenizer.encode(text).ids for text in texts]
+    read = [ids if len(ids) <= most else ids[: most - tail] + ids[len(ids) - tail :] for ids in whole]
+    expected_RNC = torch.cat([model(torch.tensor([ids])) for ids in read], dim=1)
+    torch.testing.assert_close(otherwise.logits(texts), expected_RNC, rtol=0, atol=1e-5)
     assert not torch.allclose(as_trained.logits(texts), expected_RNC, atol=1e-4)
 
 
-@pytest.mark.parametrize("tokens", [2, 8193])
+@pytest.mark.parametrize(
+    ("option", "tokens", "possible"),
+    [
+        ("--max-tokens", 2, "3 to 8192 are possible"),
+        ("--max-tokens", 8193, "3 to 8192 are possible"),
+        ("--max-tokens", -5, "3 to 8192 are possible"),
+        ("--max-tokens", 10**9, "3 to 8192 are possible"),
+        ("--tail-tokens", -1, "0 to 15, below --max-tokens, are possible"),
+        ("--tail-tokens", 16, "0 to 15, below --max-tokens, are possible"),
+    ],
+)
 def test_too_few_or_too_many_tokens_to_read_are_named(
-    tokens: int, run: Path, easy_dir: Path, capsys: pytest.CaptureFixture[str]
+    option: str, tokens: int, possible: str, run: Path, easy_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["evaluate", str(run), "--data-dir", str(easy_dir), "--max-tokens", str(tokens)]) == 1
-    assert f"--max-tokens is {tokens}; 3 to 8192 are possible" in capsys.readouterr().err
+    assert main(["evaluate", str(run), "--data-dir", str(easy_dir), option, str(tokens)]) == 1
+    assert f"{option} is {tokens}; {possible}" in capsys.readouterr().err
 
 
 def test_the_command_prints_a_table_and_writes_json(

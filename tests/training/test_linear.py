@@ -25,6 +25,7 @@ from training.evaluate import evaluate, read_classifier
 from training.linear import LinearModel, count_words, fit, read_linear, weigh
 from training.loop import train
 from training.record import cost
+from training.shapes import Reading
 
 TEXTS = [record["text"] for record in easy_records(60)]
 CPU = torch.device("cpu")
@@ -141,8 +142,10 @@ def test_it_is_evaluated_as_a_network_is_with_one_iteration(
     assert "easy-linear-" in capsys.readouterr().out
     with pytest.raises(TrainingError, match=r"^--iterations 2: .* for a recurrent model only, not linear$"):
         evaluate(floor, easy_dir, "validation", None, 2)
-    with pytest.raises(TrainingError, match=r"^--max-tokens 64: .* is linear, and reads all of a text$"):
-        evaluate(floor, easy_dir, "validation", None, None, 64)
+    with pytest.raises(
+        TrainingError, match=r"is linear, and reads all of a text: leave --max-tokens and --tail-tokens out$"
+    ):
+        evaluate(floor, easy_dir, "validation", None, None, Reading(tail_tokens=4))
 
 
 def test_it_teaches_alone_and_beside_a_network(floor: Path, run: Path, easy_dir: Path, tmp_path: Path) -> None:

@@ -247,6 +247,26 @@ def test_a_student_learns_to_guess_the_states(kept: Path, language_model: Path, 
     assert str(kept) not in (run / runs.CONFIG).read_text()
 
 
+def test_a_student_that_reads_both_ends_of_a_text_guesses_the_words_of_both(
+    kept: Path, easy_dir: Path, tmp_path: Path
+) -> None:
+    config = student(easy_dir, tmp_path / "run", kept, max_tokens=6, tail_tokens=3, num_epochs=1)
+    train(config)
+    info, tokenizer = runs.read_info(config.output_dir), runs.read_tokenizer(config.output_dir)
+    assert (info.encoder["max_tokens"], info.encoder["tail_tokens"]) == (6, 3)
+    objective = StateGuessing(Classification(config, load_dataset("easy", easy_dir), info, None), read_states(kept))
+    cut_texts = 0
+    for text, ids, ends in zip(TEXTS, objective.ids, objective.ends, strict=True):
+        encoding = tokenizer.encode(text)
+        of_word = dict(ends.tolist())
+        for word, token in of_word.items():
+            alone = tokenizer.encode(text.split()[word]).ids
+            assert ids[token] == alone[-1]
+        cut_texts += len(encoding.ids) > 6
+        assert len(text.split()) - 1 in of_word, "the last word is read, however long the text"
+    assert cut_texts > 10
+
+
 def student(data_dir: Path, output_dir: Path, states: Path | None, **changes: Any) -> TrainConfig:
     return tiny_config(data_dir, output_dir, states=states, token_dropout=0.0, dropout=0.0, **changes)
 

@@ -84,10 +84,7 @@ def test_several_teachers_are_averaged_and_asked_once(
         train(config)
     monkeypatch.setattr(Classification, "loss", loss)
     texts = [record["text"] for record in easy_records(60)]
-    said = [
-        predict(runs.read_model(one), runs.read_tokenizer(one), texts, tokens)[-1]
-        for one, tokens in ((run, 16), (other, 8))
-    ]
+    said = [predict(runs.read_model(one), runs.read_tokenizer(one), texts)[-1] for one in (run, other)]
     torch.testing.assert_close(load_file(tmp_path / "run" / "teacher.safetensors")["logits"], sum(said) / 2)
     whole = train(tiny_config(easy_dir, tmp_path / "whole", teacher=(run, other), num_epochs=1))
     (other / "model.safetensors").unlink()
@@ -113,7 +110,7 @@ def test_teaching_goes_on_where_it_was_interrupted(
         teacher.teach([run], texts, tmp_path, torch.device("cpu"))
     taught_NC = teacher.teach([run], texts, tmp_path, torch.device("cpu"))
     assert asked == [16, 16, 0, 16, 12]
-    said_NC = predict(runs.read_model(run), runs.read_tokenizer(run), texts, 16)[-1]
+    said_NC = predict(runs.read_model(run), runs.read_tokenizer(run), texts)[-1]
     torch.testing.assert_close(taught_NC, said_NC)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
+from tests.tiny import Window
 from tests.training.easy import easy_records
 from training.tokenizer import CLASSIFY_ID, MASK_ID, PAD_ID, SPECIAL_TOKENS, TokenizerKind, encode, learn_tokenizer
 
@@ -31,7 +32,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
 
 
 def test_every_text_begins_with_cls(tokenizer: Tokenizer) -> None:
-    for ids in encode(tokenizer, [*TEXTS, "unheard-of words", "x"], 16):
+    for ids in encode(tokenizer, [*TEXTS, "unheard-of words", "x"], Window(16)):
         assert ids[0] == CLASSIFY_ID
         assert len(ids) > 1
         assert CLASSIFY_ID not in ids[1:]
@@ -44,18 +45,21 @@ def test_the_special_tokens_stand_where_the_model_expects_them(tokenizer: Tokeni
 
 
 def test_case_makes_no_difference(tokenizer: Tokenizer) -> None:
-    assert encode(tokenizer, ["A CHARMING Film"], 16) == encode(tokenizer, ["a charming film"], 16)
+    assert encode(tokenizer, ["A CHARMING Film"], Window(16)) == encode(tokenizer, ["a charming film"], Window(16))
 
 
 def test_words_come_back_as_they_went_in(tokenizer: Tokenizer) -> None:
     text = "a charming film was awful"
-    assert tokenizer.decode(encode(tokenizer, [text], 64)[0]).strip() == text
+    assert tokenizer.decode(encode(tokenizer, [text], Window(64))[0]).strip() == text
 
 
-def test_long_texts_are_cut(tokenizer: Tokenizer) -> None:
-    long, short = encode(tokenizer, ["film " * 100, "film"], 7)
-    assert len(long) == 7
-    assert short == long[: len(short)]
+@pytest.mark.parametrize("tail_tokens", [0, 1, 3, 6])
+def test_of_long_texts_the_beginning_and_the_end_are_read(tail_tokens: int, tokenizer: Tokenizer) -> None:
+    text = "a charming film , then a dull one"
+    whole = tokenizer.encode(text).ids
+    (long,) = encode(tokenizer, [text], Window(7, tail_tokens))
+    assert long == whole[: 7 - tail_tokens] + whole[len(whole) - tail_tokens :]
+    assert encode(tokenizer, [text], Window(len(whole), tail_tokens)) == [whole]
 
 
 @pytest.mark.parametrize(("kind", "vocabulary"), [("wordpiece", 40), ("wordpiece", 300), ("bpe", 260), ("bpe", 300)])
@@ -66,13 +70,13 @@ def test_the_vocabulary_is_never_larger_than_asked_for(kind: TokenizerKind, voca
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bytes_and_letters_never_seen_are_encoded_all_the_same(kind: TokenizerKind) -> None:
-    assert len(encode(learn_tokenizer(TEXTS, kind, 300), ["日本 🎬 ж"], 32)[0]) > 1
+    assert len(encode(learn_tokenizer(TEXTS, kind, 300), ["日本 🎬 ж"], Window(32))[0]) > 1
 
 
 def test_it_comes_back_from_a_file_as_it_was(tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     again = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    assert encode(again, TEXTS, 16) == encode(tokenizer, TEXTS, 16)
+    assert encode(again, TEXTS, Window(16)) == encode(tokenizer, TEXTS, Window(16))
     assert again.to_str() == tokenizer.to_str()
 
 
@@ -90,4 +94,4 @@ def test_many_texts_are_encoded_as_each_alone(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("training.tokenizer.ENCODED_AT_ONCE", 7)
     texts = [record["text"] for record in easy_records(30)]
     learned = learn_tokenizer(texts, "wordpiece", 300)
-    assert encode(learned, texts, 9) == [learned.encode(text).ids[:9] for text in texts]
+    assert encode(learned, texts, Window(9)) == [learned.encode(text).ids[:9] for text in texts]

@@ -129,7 +129,7 @@ def _milliseconds_per_text(timed: Sequence[Finished], place: Path) -> list[float
     for _ in range(ROUNDS):
         for place_of, ((model, tokenizer), mine) in enumerate(zip(models, texts, strict=True)):
             started = perf_counter()
-            predict(model, tokenizer, mine, model.config.max_tokens)
+            predict(model, tokenizer, mine)
             seconds[place_of].append(perf_counter() - started)
     return [median(taken) * 1000 / len(mine) for taken, mine in zip(seconds, texts, strict=True)]
 
