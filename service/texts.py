@@ -56,7 +56,7 @@ def _encode(bundle: Bundle, text: str, characters: int) -> Encoded | None:
     """
     tail = bundle.manifest.tail_tokens
     head = bundle.manifest.max_tokens - tail
-    if len(text) <= (head + tail) * characters:
+    if len(text) <= bundle.manifest.max_tokens * characters:
         return _encode_whole(bundle, text)
     first = _first(bundle.tokenizer.encode(text[: head * characters]), head)
     last = _last(bundle.tokenizer.encode(text[len(text) - tail * characters :]), tail) if first else None
