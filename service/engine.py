@@ -110,7 +110,7 @@ def open_engine(bundle: Bundle, *, provider: Provider, precision: Precision, thr
 
     Raises SettingsError for a provider or a precision that is not there, BundleError for a graph that does not load.
     """
-    chosen_provider = choose_provider(bundle.manifest, provider, precision, ort.get_available_providers())
+    chosen_provider = provider_for(bundle, provider, precision)
     chosen_precision, stored = choose_precision(bundle.manifest, chosen_provider, precision)
     graphs = {role: bundle.path / graph.file for role, graph in bundle.manifest.precisions[stored].graphs.items()}
     return Engine(graphs, provider=chosen_provider, precision=chosen_precision, threads=threads)
@@ -149,6 +149,22 @@ def has_vnni(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     return not words.isdisjoint({"avx512_vnni", "avx_vnni"})
 
 
+def provider_for(bundle: Bundle, asked: Provider, precision: Precision) -> Literal["cpu", "cuda"]:
+    """What `choose_provider` says here; raises SettingsError, and BundleError for a graph that does not load."""
+    available = [CPU] if asked == "cpu" else usable_providers(bundle)
+    return choose_provider(bundle.manifest, asked, precision, available)
+
+
+def usable_providers(bundle: Bundle) -> list[str]:
+    """What a session gets: the CUDA build names CUDA without a GPU too, and then quietly takes the CPU."""
+    if CUDA not in ort.get_available_providers():
+        return [CPU]
+    ort.preload_dlls()  # CUDA's libraries come as Python packages, where the loader does not look
+    stored = next(iter(bundle.manifest.precisions.values()))
+    session = _open_session(bundle.path / stored.graphs["embed"].file, "cuda", threads=1)
+    return list(session.get_providers())
+
+
 def choose_provider(
     manifest: Manifest, asked: Provider, precision: Precision, available: Sequence[str]
 ) -> Literal["cpu", "cuda"]:
@@ -158,7 +174,10 @@ def choose_provider(
     int8, and one such bundle must not keep those beside it from the GPU.
     """
     if asked == "cuda" and CUDA not in available:
-        raise SettingsError("REFRAIN_PROVIDER=cuda: this ONNX Runtime has no CUDA provider; install the extra 'gpu'")
+        raise SettingsError(
+            "REFRAIN_PROVIDER=cuda: ONNX Runtime has no CUDA here; install the extra 'gpu', and see that the driver is "
+            "there and lets this process have a GPU"
+        )
     fits = precision != "auto" or "fp16" in manifest.precisions
     return "cuda" if asked != "cpu" and CUDA in available and fits else "cpu"
 

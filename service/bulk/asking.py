@@ -6,13 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import onnxruntime as ort
 from pydantic import ValidationError
 
 from service.bulk.job import Asked, list_files
 from service.bulk.shards import Format
 from service.bundle import Bundle, find_bundles, load_bundle
-from service.engine import choose_precision, choose_provider
+from service.engine import choose_precision, provider_for
 from service.errors import BulkError
 from service.schemas import Options
 
@@ -36,7 +35,7 @@ def what_is_asked(options: argparse.Namespace, bundle: Bundle, answering: Option
 
     Raises BulkError for the input, SettingsError for a provider or precision not to be had.
     """
-    provider = choose_provider(bundle.manifest, options.provider, options.precision, ort.get_available_providers())
+    provider = provider_for(bundle, options.provider, options.precision)
     files = list_files(options.input, options.out)
     follows: Format = "jsonl" if Path(files[0].path.removesuffix(".gz")).suffix == ".jsonl" else "parquet"
     return Asked(

@@ -390,7 +390,7 @@ def test_a_model_for_cpus_alone_is_run_on_one_where_there_is_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a.txt").write_text("a film\n")
-    monkeypatch.setattr("service.engine.ort.get_available_providers", lambda: [CUDA, CPU])
+    monkeypatch.setattr("service.engine.usable_providers", lambda _bundle: [CUDA, CPU])
     assert work([str(tmp_path / "a.txt"), str(tmp_path / "out"), "--task", "domain"], monkeypatch) == 0
     asked = json.loads((tmp_path / "out" / JOB_FILE).read_text())["asked"]
     assert (asked["provider"], asked["precision"]) == ("cpu", "int8")

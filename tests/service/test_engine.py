@@ -209,11 +209,21 @@ def test_a_bundle_for_cpus_alone_is_run_on_one_where_there_is_a_gpu(
     bundle = load_bundle(models_dir / f"{tiny.DATASET}-baseline")
     precisions = {"int8": bundle.manifest.precisions["int8"]}
     bundle = dataclasses.replace(bundle, manifest=bundle.manifest.model_copy(update={"precisions": precisions}))
-    monkeypatch.setattr("service.engine.ort.get_available_providers", lambda: [CUDA, CPU])
+    monkeypatch.setattr("service.engine.usable_providers", lambda _bundle: [CUDA, CPU])
     engine = open_engine(bundle, provider=provider, precision="auto", threads=1)
     assert (engine.provider, engine.precision) == ("cpu", "int8")
     with pytest.raises(SettingsError, match="has no fp16 graphs, only int8"):
         open_engine(bundle, provider=provider, precision="fp16", threads=1)
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider 'CUDAExecutionProvider'")  # the CUDA build logs an error instead
+def test_the_cuda_build_without_a_gpu_is_not_taken_for_one(models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = load_bundle(models_dir / f"{tiny.DATASET}-recurrent")
+    monkeypatch.setattr("service.engine.ort.get_available_providers", lambda: [CUDA, CPU])
+    engine = open_engine(bundle, provider="auto", precision="auto", threads=1)
+    assert (engine.provider, engine.precision) == ("cpu", "int8")
+    with pytest.raises(SettingsError, match=r"^REFRAIN_PROVIDER=cuda: ONNX Runtime has no CUDA here; .* driver"):
+        open_engine(bundle, provider="cuda", precision="auto", threads=1)
 
 
 @pytest.mark.parametrize(
