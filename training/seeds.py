@@ -15,26 +15,30 @@ Splits = dict[str, dict[str, Any]]
 def compare(directories: Sequence[Path], output: Path) -> str:
     """Writes `output`.json and `output`.md of what `evaluate --split all` found; returns the table.
 
-    Raises TrainingError where there is no run, or one that was not evaluated so, was on other splits than the first,
-    or has another's architecture and seed.
+    Raises TrainingError where there is no run, or one that was not evaluated so, was on other splits than the first
+    or read more or less of a text, or has another's architecture and seed.
     """
     if not directories:
         raise TrainingError("no run: give the directories of some that differ in their seed")
     found: dict[tuple[str, int], Splits] = {}
     for run in directories:
         splits = _read(run)
-        if found and splits.keys() != (others := next(iter(found.values()))).keys():
-            raise TrainingError(f"{run} was evaluated on {', '.join(splits)}, {directories[0]} on {', '.join(others)}")
-        first = next(iter(splits.values()))
-        if found.setdefault((first["architecture"], first["seed"]), splits) is not splits:
-            raise TrainingError(f"{run}: another run is {first['architecture']} with seed {first['seed']} as well")
+        first = next(iter(found.values()), splits)
+        if splits.keys() != first.keys():
+            raise TrainingError(f"{run} was evaluated on {', '.join(splits)}, {directories[0]} on {', '.join(first)}")
+        read, others = _what_was_read(splits), _what_was_read(first)
+        if read != others:
+            raise TrainingError(f"{run} was evaluated on {read}, {directories[0]} on {others}")
+        figures = next(iter(splits.values()))
+        if found.setdefault((figures["architecture"], figures["seed"]), splits) is not splits:
+            raise TrainingError(f"{run}: another run is {figures['architecture']} with seed {figures['seed']} as well")
     table = _table(found)
     output.parent.mkdir(parents=True, exist_ok=True)
     runs.write_json(output.with_suffix(".json"), {"runs": list(found.values())})
     seeds = ", ".join(map(str, sorted({seed for _, seed in found})))
     text = (
-        "# Quality over seeds\n\nWritten by `python -m training seeds`. FP32, at full depth, mean ± standard deviation "
-        f"over the seeds {seeds}; the difference is that of runs with the same seed.\n\n{table}\n"
+        f"# Quality over seeds\n\nWritten by `python -m training seeds`. FP32, at full depth, on {others}; mean ± "
+        f"standard deviation over the seeds {seeds}; the difference is that of runs with the same seed.\n\n{table}\n"
     )
     runs.replace(output.with_suffix(".md"), text.encode())
     return table
@@ -47,11 +51,20 @@ def _read(run: Path) -> Splits:
     except (OSError, ValueError) as error:
         raise TrainingError(f"{path}: {error}; `python -m training evaluate {run} --split all` writes it") from error
     of_splits = isinstance(splits, dict) and splits and all(isinstance(one, dict) for one in splits.values())
-    if not of_splits or not all("seed" in figures for figures in splits.values()):
+    if not of_splits or not all({"seed", "reads"} <= figures.keys() for figures in splits.values()):
         raise TrainingError(
             f"{path} is not of all splits; `python -m training evaluate {run} --split all` writes it so"
         )
     return splits
+
+
+def _what_was_read(splits: Splits) -> str:
+    reads: dict[str, int] | str = next(iter(splits.values()))["reads"]
+    if isinstance(reads, str):  # a linear model's
+        return "whole texts"
+    most, tail = reads["max_tokens"], reads["tail_tokens"]
+    cut = f"first {most - tail} and last {tail}" if tail else f"first {most}"
+    return f"texts of up to {most} tokens and the {cut} of longer ones"
 
 
 def _table(found: dict[tuple[str, int], Splits]) -> str:

@@ -10,13 +10,14 @@ import pytest
 from training.__main__ import main
 
 
-def write_run(directory: Path, architecture: str, seed: int, *accuracies: float) -> str:
+def write_run(directory: Path, architecture: str, seed: int, *accuracies: float, tail_tokens: int = 0) -> str:
     """A run that was evaluated on two splits, the second of which it answers a tenth worse."""
     directory.mkdir()
     splits = {
         name: {
             "architecture": architecture,
             "seed": seed,
+            "reads": {"max_tokens": 64, "tail_tokens": tail_tokens},
             "iterations": {
                 str(number): {"accuracy": accuracy - less, "macro_f1": accuracy - less - 0.01, "texts": texts}
                 for number, accuracy in enumerate(accuracies, start=1)
@@ -35,6 +36,7 @@ def test_mean_and_spread_of_both_and_of_their_difference_seed_by_seed(tmp_path: 
     output = tmp_path / "results" / "seeds"
     assert main(["seeds", *runs, "--output", str(output)]) == 0
     page = output.with_suffix(".md").read_text()
+    assert "on texts of up to 64 tokens and the first 64 of longer ones;" in page
     assert "over the seeds 1, 2, 3, 4;" in page
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
     assert [row[:2] for row in rows[2:]] == [["validation", "1,200"], ["far test", "80"]]
@@ -61,11 +63,13 @@ def test_what_cannot_be_compared_is_said_and_writes_nothing(tmp_path: Path, caps
     elsewhere = write_run(tmp_path / "elsewhere", "recurrent", 14, 0.9)
     splits = json.loads((tmp_path / "elsewhere" / "evaluation.json").read_text())
     (tmp_path / "elsewhere" / "evaluation.json").write_text(json.dumps({"far test": splits["far test"]}))
+    both_ends = write_run(tmp_path / "ends", "recurrent", 15, 0.9, tail_tokens=32)
     for runs, complaint in (
         ([one, same], "same: another run is recurrent with seed 13 as well"),
         ([one, str(tmp_path / "single")], "evaluation.json is not of all splits; `python -m training evaluate"),
         ([one, str(tmp_path / "none")], "No such file or directory: '"),
         ([one, elsewhere], "elsewhere was evaluated on far test, "),
+        ([one, both_ends], "the first 32 and last 32 of longer ones, "),
         ([], "no run: give the directories of some that differ in their seed"),
     ):
         assert main(["seeds", *runs, "--output", str(tmp_path / "seeds")]) == 1
