@@ -33,7 +33,7 @@ def choose_bundle(options: argparse.Namespace) -> Bundle:
 def what_is_asked(options: argparse.Namespace, bundle: Bundle, answering: Options) -> Asked:
     """What decides the job's answers; `auto` is settled here, so that all workers and later runs do the same.
 
-    Raises BulkError for the input, SettingsError for a provider or precision not to be had.
+    Raises BulkError for the input, SettingsError for a provider or precision not to be had, BundleError for its graph.
     """
     provider = provider_for(bundle, options.provider, options.precision)
     files = list_files(options.input, options.out)
