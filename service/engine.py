@@ -15,6 +15,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from service.bundle import Bundle
+from service.device_graphs import gathering_graph, widened
 from service.errors import BundleError, SettingsError
 from service.manifest import GraphRole, Manifest, StoredPrecision
 
@@ -23,6 +24,10 @@ Provider = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "fp32", "fp16", "int8"]
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+NO_CUDA = (
+    "ONNX Runtime has no CUDA here; install the extra 'gpu', and see that the driver is there and lets this process "
+    "have a GPU"
+)
 FloatingPointState = ctypes.c_uint32 * 8  # x86-64's fenv_t
 MXCSR, FLUSH_TO_ZERO, DENORMALS_ARE_ZERO = 7, 1 << 15, 1 << 6  # a word of it, and bits of that
 # One that keeps the interpreter's lock, which to give away costs more than these calls.
@@ -44,11 +49,15 @@ class Engine:
         precision: Literal["fp32", "fp16", "int8"],
         threads: int,
     ) -> None:
-        """Opens an `embed` and a `step` graph; BundleError where ONNX Runtime refuses one."""
+        """Opens an `embed` and a `step` graph; BundleError where ONNX Runtime refuses one, SettingsError without CUDA.
+
+        In fp32, CUDA computes stored fp16 graphs with their weights widened; a CPU does so of its own accord.
+        """
         self.provider, self.precision = provider, precision
         self.model_bytes = sum(path.stat().st_size for path in graphs.values())
-        self.embed_session = _open_session(graphs["embed"], provider, threads)
-        self.step_session = _open_session(graphs["step"], provider, threads)
+        self.embed_session, self.step_session = (
+            open_graph(graphs[role], provider, precision, threads) for role in ("embed", "step")
+        )
 
     def embed(self, ids: Sequence[Sequence[int]]) -> list[FloatArray]:
         """The first hidden state (length, width) of each text; none may be empty."""
@@ -110,20 +119,41 @@ def open_engine(bundle: Bundle, *, provider: Provider, precision: Precision, thr
 
     Raises SettingsError for a provider or a precision that is not there, BundleError for a graph that does not load.
     """
-    chosen_provider = provider_for(bundle, provider, precision)
+    available = [CPU] if provider == "cpu" else usable_providers()
+    chosen_provider = choose_provider(bundle.manifest, provider, precision, available)
     chosen_precision, stored = choose_precision(bundle.manifest, chosen_provider, precision)
     graphs = {role: bundle.path / graph.file for role, graph in bundle.manifest.precisions[stored].graphs.items()}
     return Engine(graphs, provider=chosen_provider, precision=chosen_precision, threads=threads)
 
 
-def _open_session(path: Path, provider: Literal["cpu", "cuda"], threads: int) -> ort.InferenceSession:
-    providers = [CUDA, CPU] if provider == "cuda" else [CPU]
+def open_graph(
+    path: Path, provider: Literal["cpu", "cuda"], precision: Literal["fp32", "fp16", "int8"], threads: int
+) -> ort.InferenceSession:
+    """A session for a stored graph; BundleError where ONNX Runtime refuses it, SettingsError without CUDA."""
+    graph: Path | bytes = path
     try:
-        with _denormals_as_zero():  # whatever the runtime sets in this thread does not last
-            return ort.InferenceSession(path, _session_options(threads), providers=providers)
-    except Exception as error:  # the runtime's exceptions share no base class of its own
+        if provider == "cuda" and precision == "fp32":
+            graph = widened(path)
+        return start_session(graph, provider, threads)
+    except SettingsError:
+        raise
+    except Exception as error:  # those of the runtime and of onnx share no base class of their own
         reason = str(error).strip().splitlines()[0]
         raise BundleError(f"{path}: ONNX Runtime does not load it: {reason}") from error
+
+
+def start_session(graph: Path | bytes, provider: Literal["cpu", "cuda"], threads: int) -> ort.InferenceSession:
+    """A session, whichever exception ONNX Runtime raises; SettingsError where it takes the CPU in place of CUDA."""
+    providers: list[str | tuple[str, dict[str, str]]] = [CPU]
+    if provider == "cuda":
+        ort.preload_dlls()  # CUDA's libraries come as Python packages, where the loader does not look
+        # TF32 rounds what it multiplies, so that a sum in another order, of another batch, would show.
+        providers = [(CUDA, {"use_tf32": "0"}), CPU]
+    with _denormals_as_zero():  # whatever the runtime sets in this thread does not last
+        session = ort.InferenceSession(graph, _session_options(threads), providers=providers)
+    if provider == "cuda" and CUDA not in session.get_providers():
+        raise SettingsError(NO_CUDA)
+    return session
 
 
 def _session_options(threads: int) -> ort.SessionOptions:
@@ -149,20 +179,15 @@ def has_vnni(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     return not words.isdisjoint({"avx512_vnni", "avx_vnni"})
 
 
-def provider_for(bundle: Bundle, asked: Provider, precision: Precision) -> Literal["cpu", "cuda"]:
-    """What `choose_provider` says here; raises SettingsError, and BundleError for a graph that does not load."""
-    available = [CPU] if asked == "cpu" else usable_providers(bundle)
-    return choose_provider(bundle.manifest, asked, precision, available)
-
-
-def usable_providers(bundle: Bundle) -> list[str]:
-    """What a session gets: the CUDA build names CUDA without a GPU too, and then quietly takes the CPU."""
+def usable_providers() -> list[str]:
+    """What a session gets here: the CUDA build names CUDA without a GPU too, and then quietly takes the CPU."""
     if CUDA not in ort.get_available_providers():
         return [CPU]
-    ort.preload_dlls()  # CUDA's libraries come as Python packages, where the loader does not look
-    stored = next(iter(bundle.manifest.precisions.values()))
-    session = _open_session(bundle.path / stored.graphs["embed"].file, "cuda", threads=1)
-    return list(session.get_providers())
+    try:
+        start_session(gathering_graph(), "cuda", threads=1)
+    except SettingsError:
+        return [CPU]
+    return [CUDA, CPU]
 
 
 def choose_provider(
@@ -174,10 +199,7 @@ def choose_provider(
     int8, and one such bundle must not keep those beside it from the GPU.
     """
     if asked == "cuda" and CUDA not in available:
-        raise SettingsError(
-            "REFRAIN_PROVIDER=cuda: ONNX Runtime has no CUDA here; install the extra 'gpu', and see that the driver is "
-            "there and lets this process have a GPU"
-        )
+        raise SettingsError(f"REFRAIN_PROVIDER=cuda: {NO_CUDA}")
     fits = precision != "auto" or "fp16" in manifest.precisions
     return "cuda" if asked != "cpu" and CUDA in available and fits else "cpu"
 
@@ -187,16 +209,16 @@ def choose_precision(
 ) -> tuple[Literal["fp32", "fp16", "int8"], StoredPrecision]:
     """The precision to name and the stored graphs to open; SettingsError where the bundle lacks them.
 
-    fp32 and, on a CPU, fp16 open the same graphs: a CPU has no FP16 matrix kernels, and computes them in FP32.
+    fp32 and, on a CPU, fp16 open the same graphs: a CPU has no FP16 matrix kernels, and computes them in FP32. So does
+    CUDA unless fp16 is asked for: there a text's scores would depend on its batch by up to 1e-3, since another size of
+    batch is added up in another order, and that shows once every sum is rounded to FP16.
     """
     if asked == "auto":
-        asked = "int8" if provider == "cpu" and "int8" in manifest.precisions else "fp16"
-    if asked == "fp32" and provider == "cuda":
-        raise SettingsError("REFRAIN_PRECISION=fp32: on CUDA the stored fp16 graphs run as they are; take fp16 or auto")
+        asked = "int8" if provider == "cpu" and "int8" in manifest.precisions else "fp32"
     stored: StoredPrecision = "int8" if asked == "int8" else "fp16"
     if stored not in manifest.precisions:
         there, why = ", ".join(manifest.precisions), manifest.left_out.get(stored)
         source = "" if stored == asked else f", which {asked} is computed from"
         said = f"REFRAIN_PRECISION={asked}: bundle {manifest.name} has no {stored} graphs{source}, only {there}"
         raise SettingsError(f"{said} ({why})" if why else said)
-    return ("fp32" if stored == "fp16" and provider == "cpu" else stored), stored
+    return ("fp32" if asked == "fp16" and provider == "cpu" else asked), stored

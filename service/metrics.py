@@ -216,7 +216,7 @@ class ModelMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.memory = Gauge(  # each process holds its own
             "refrain_model_memory_bytes",
-            "Bytes of the loaded graphs' files, in all processes; on a CPU FP16 and FP32 take more than twice that.",
+            "Bytes of the loaded graphs' files, in all processes; run in FP32 they take more than twice that.",
             MODEL,
             multiprocess_mode="livesum",
             registry=registry,

@@ -73,7 +73,8 @@ class Settings(BaseSettings):
     )
     precision: Literal["auto", "fp32", "fp16", "int8"] = Field(
         default="auto",
-        description="auto: fp16 on CUDA; what has none runs on the CPU. On a CPU int8 where it is accurate, else fp32.",
+        description="auto: fp32 on CUDA, computed from fp16; what has none runs on the CPU. There int8 where it is "
+        "accurate, else fp32. In fp16 on CUDA scores depend on the batch, by up to about 0.001.",
     )
     processes: int = Field(
         default_factory=_default_processes,

@@ -38,7 +38,7 @@ def test_parameters_are_those_of_the_design(bundle: Bundle) -> None:
 def test_a_machine_with_a_gpu_loads_them_all(bundle: Bundle, asked: Provider) -> None:
     provider = choose_provider(bundle.manifest, asked, "auto", [CUDA, CPU])
     precision, _ = choose_precision(bundle.manifest, provider, "auto")
-    assert (provider, precision) == {"sentiment": ("cuda", "fp16"), "domain": ("cpu", "int8")}[bundle.manifest.task]
+    assert (provider, precision) == {"sentiment": ("cuda", "fp32"), "domain": ("cpu", "int8")}[bundle.manifest.task]
 
 
 def test_accuracy_holds_in_every_precision(bundle: Bundle) -> None:

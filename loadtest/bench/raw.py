@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import chain, count
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime as ort
@@ -21,15 +21,19 @@ from tokenizers import Tokenizer
 from loadtest.bench import workers
 
 FloatArray = NDArray[np.float32]
+Precision = Literal["fp32", "fp16", "int8"]
+Provider = Literal["cpu", "cuda"]
 
 
 class RawModel:
     """A bundle's two graphs in one process, with one thread; `precision` and `provider` as the service names them."""
 
-    def __init__(self, bundle: Path, precision: str, provider: str) -> None:
+    def __init__(self, bundle: Path, precision: Precision, provider: Provider) -> None:
         manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
         graphs = manifest["precisions"]["int8" if precision == "int8" else "fp16"]["graphs"]
-        self._embed, self._step = (_session(bundle / graphs[role]["file"], provider) for role in ("embed", "step"))
+        self._embed, self._step = (
+            _session(bundle / graphs[role]["file"], precision, provider) for role in ("embed", "step")
+        )
         self._tokenizer = Tokenizer.from_file(str(bundle / manifest["tokenizer"]["file"]))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -62,15 +66,18 @@ class RawModel:
         return after
 
 
-def _session(path: Path, provider: str) -> ort.InferenceSession:
+def _session(path: Path, precision: Precision, provider: Provider) -> ort.InferenceSession:
+    if provider == "cuda":  # to find its libraries and to widen weights takes more than a session
+        from service.engine import open_graph
+
+        return open_graph(path, provider, precision, threads=1)
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
     if not has_vnni():  # without those instructions the fast kernel saturates its sums; with them it is exact
         options.add_session_config_entry("session.x64quantprecision", "1")
     options.add_session_config_entry("session.set_denormal_as_zero", "1")  # which some CPUs are slow on
-    cuda = ["CUDAExecutionProvider"] if provider == "cuda" else []
-    return ort.InferenceSession(path, options, providers=[*cuda, "CPUExecutionProvider"])
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def has_vnni(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:

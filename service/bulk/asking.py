@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import onnxruntime as ort
 from pydantic import ValidationError
 
 from service.bulk.job import Asked, list_files
 from service.bulk.shards import Format
 from service.bundle import Bundle, find_bundles, load_bundle
-from service.engine import choose_precision, provider_for
+from service.engine import CPU, CUDA, choose_precision, choose_provider
 from service.errors import BulkError
 from service.schemas import Options
+
+ASKING_SECONDS = 120
 
 
 def choose_bundle(options: argparse.Namespace) -> Bundle:
@@ -33,9 +38,10 @@ def choose_bundle(options: argparse.Namespace) -> Bundle:
 def what_is_asked(options: argparse.Namespace, bundle: Bundle, answering: Options) -> Asked:
     """What decides the job's answers; `auto` is settled here, so that all workers and later runs do the same.
 
-    Raises BulkError for the input, SettingsError for a provider or precision not to be had, BundleError for its graph.
+    Raises BulkError for the input or the asking, SettingsError for a provider or precision not to be had.
     """
-    provider = provider_for(bundle, options.provider, options.precision)
+    available = [CPU] if options.provider == "cpu" else usable_providers()
+    provider = choose_provider(bundle.manifest, options.provider, options.precision, available)
     files = list_files(options.input, options.out)
     follows: Format = "jsonl" if Path(files[0].path.removesuffix(".gz")).suffix == ".jsonl" else "parquet"
     return Asked(
@@ -49,6 +55,21 @@ def what_is_asked(options: argparse.Namespace, bundle: Bundle, answering: Option
         shard_bytes=options.shard_bytes,
         files=files,
     )
+
+
+def usable_providers() -> list[str]:
+    """What the workers' sessions get; another process asks, since whoever has opened CUDA keeps some of its memory."""
+    if CUDA not in ort.get_available_providers():
+        return [CPU]
+    asking = "import service.engine as engine; print(engine.CUDA in engine.usable_providers())"
+    command = [sys.executable, "-c", asking]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=ASKING_SECONDS, check=True)
+    except subprocess.SubprocessError as error:
+        raise BulkError(
+            f"ONNX Runtime does not say whether it has CUDA: {error}; --provider cpu does not ask"
+        ) from error
+    return [CUDA, CPU] if asked.stdout.endswith("True\n") else [CPU]
 
 
 def read_answering(options: argparse.Namespace) -> Options:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from model_export.graphs import Graphs, describe, export_graphs, to_fp16, unroll
 from model_export.ops import DOMAIN, OPSET
 from service.bundle import Bundle
+from service.device_graphs import widened
 from training.architectures.recurrent import RecurrentTransformer
 from training.shapes import FEWEST_TOKENS, EncoderConfig
 
@@ -78,6 +80,27 @@ def test_fp16_halves_the_weights_and_keeps_the_types_at_the_edge(fp32_graphs: Gr
         assert graph.ByteSize() < 0.7 * fp32_graphs[role].ByteSize()
         assert describe(graph.graph.output) == describe(fp32_graphs[role].graph.output)
         assert describe(graph.graph.input) == describe(fp32_graphs[role].graph.input)
+
+
+def test_an_fp16_graph_widened_again_is_the_fp32_graph_but_for_its_weights_rounding(
+    fp32_graphs: Graphs, tmp_path: Path
+) -> None:
+    """So a GPU, which has kernels for FP16, computes in FP32 all the same where that is asked."""
+    mask = np.array([[True] * 5, [True] * 3 + [False] * 2])
+    width = fp32_graphs["step"].graph.input[0].type.tensor_type.shape.dim[2].dim_value
+    hidden = np.random.default_rng(1).normal(size=(2, 5, width)).astype(np.float32)
+    given = {"embed": {"ids": np.array([[2, 9, 30, 4, 5], [2, 17, 8, 0, 0]])}, "step": {"hidden": hidden, "mask": mask}}
+    for role, graph in to_fp16(fp32_graphs).items():
+        onnx.save(graph, tmp_path / "stored.onnx")
+        found = onnxruntime.InferenceSession(widened(tmp_path / "stored.onnx")).run(None, given[role])
+        rounded = copy.deepcopy(fp32_graphs[role])
+        for tensor in rounded.graph.initializer:
+            if tensor.data_type == onnx.TensorProto.FLOAT:
+                values = onnx.numpy_helper.to_array(tensor).astype(np.float16).astype(np.float32)
+                tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+        expected = onnxruntime.InferenceSession(rounded.SerializeToString()).run(None, given[role])
+        for output, same in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(output, same)
 
 
 @pytest.mark.parametrize("iterations", [1, 3])

@@ -390,10 +390,29 @@ def test_a_model_for_cpus_alone_is_run_on_one_where_there_is_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a.txt").write_text("a film\n")
-    monkeypatch.setattr("service.engine.usable_providers", lambda _bundle: [CUDA, CPU])
+    monkeypatch.setattr("service.bulk.asking.usable_providers", lambda: [CUDA, CPU])
     assert work([str(tmp_path / "a.txt"), str(tmp_path / "out"), "--task", "domain"], monkeypatch) == 0
     asked = json.loads((tmp_path / "out" / JOB_FILE).read_text())["asked"]
     assert (asked["provider"], asked["precision"]) == ("cpu", "int8")
+
+
+def test_the_cuda_build_without_a_gpu_is_not_taken_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("a film\n")
+    monkeypatch.setattr("service.bulk.asking.ort.get_available_providers", lambda: [CUDA, CPU])
+    assert work([str(tmp_path / "a.txt"), str(tmp_path / "out")], monkeypatch) == 0
+    asked = json.loads((tmp_path / "out" / JOB_FILE).read_text())["asked"]
+    assert (asked["provider"], asked["precision"]) == ("cpu", "int8")
+
+
+def test_a_runtime_that_does_not_say_whether_it_has_cuda_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("a film\n")
+    monkeypatch.setattr("service.bulk.asking.ort.get_available_providers", lambda: [CUDA, CPU])
+    monkeypatch.setattr("service.bulk.asking.sys.executable", "/bin/false")
+    assert work([str(tmp_path / "a.txt"), str(tmp_path / "out")], monkeypatch) == 1
+    assert "ONNX Runtime does not say whether it has CUDA: " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,8 @@ def manifest_with(*stored: StoredPrecision) -> Manifest:
     ("stored", "provider", "asked", "chosen"),
     [
         (("fp16", "int8"), "cpu", "auto", ("int8", "int8")),
-        (("fp16", "int8"), "cuda", "auto", ("fp16", "fp16")),
+        (("fp16", "int8"), "cuda", "auto", ("fp32", "fp16")),
+        (("fp16", "int8"), "cuda", "fp32", ("fp32", "fp16")),
         (("fp16",), "cpu", "auto", ("fp32", "fp16")),
         (("int8",), "cpu", "auto", ("int8", "int8")),
         (("fp16", "int8"), "cpu", "fp32", ("fp32", "fp16")),
@@ -185,8 +186,8 @@ def test_the_precision_that_is_chosen(
             "fp32",
             "=fp32: bundle sentiment-recurrent has no fp16 graphs, which fp32 is computed from, on",
         ),
-        ("int8", "cuda", "auto", "has no fp16 graphs, only int8"),
-        ("fp16", "cuda", "fp32", "REFRAIN_PRECISION=fp32: on CUDA"),
+        ("int8", "cuda", "auto", "has no fp16 graphs, which fp32 is computed from, only int8"),
+        ("int8", "cuda", "fp16", "has no fp16 graphs, only int8"),
     ],
 )
 def test_a_precision_that_is_not_there_is_refused(
@@ -209,7 +210,7 @@ def test_a_bundle_for_cpus_alone_is_run_on_one_where_there_is_a_gpu(
     bundle = load_bundle(models_dir / f"{tiny.DATASET}-baseline")
     precisions = {"int8": bundle.manifest.precisions["int8"]}
     bundle = dataclasses.replace(bundle, manifest=bundle.manifest.model_copy(update={"precisions": precisions}))
-    monkeypatch.setattr("service.engine.usable_providers", lambda _bundle: [CUDA, CPU])
+    monkeypatch.setattr("service.engine.usable_providers", lambda: [CUDA, CPU])
     engine = open_engine(bundle, provider=provider, precision="auto", threads=1)
     assert (engine.provider, engine.precision) == ("cpu", "int8")
     with pytest.raises(SettingsError, match="has no fp16 graphs, only int8"):
@@ -224,6 +225,9 @@ def test_the_cuda_build_without_a_gpu_is_not_taken_for_one(models_dir: Path, mon
     assert (engine.provider, engine.precision) == ("cpu", "int8")
     with pytest.raises(SettingsError, match=r"^REFRAIN_PROVIDER=cuda: ONNX Runtime has no CUDA here; .* driver"):
         open_engine(bundle, provider="cuda", precision="auto", threads=1)
+    monkeypatch.setattr("service.engine.usable_providers", lambda: [CUDA, CPU])  # it was there a moment ago
+    with pytest.raises(SettingsError, match=r"^ONNX Runtime has no CUDA here; .* driver"):
+        open_engine(bundle, provider="auto", precision="auto", threads=1)
 
 
 @pytest.mark.parametrize(
