@@ -18,6 +18,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from service.errors import SettingsError
 
 PREFIX = "REFRAIN_"
+GPU_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
+"""One of them is there where CUDA has a GPU: on Linux, and on Windows' subsystem for it."""
 
 
 def available_cpus(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
@@ -35,7 +37,8 @@ def _default_processes(chosen: dict[str, object]) -> int:
     if chosen["provider"] == "cpu":
         return available_cpus()
     # The package is looked up, not imported: the supervisor reads the settings too, and stays small.
-    cuda = chosen["provider"] == "cuda" or any(importlib.metadata.distributions(name="onnxruntime-gpu"))
+    installed = any(importlib.metadata.distributions(name="onnxruntime-gpu"))
+    cuda = chosen["provider"] == "cuda" or (installed and any(device.exists() for device in GPU_DEVICES))
     return 1 if cuda else available_cpus()
 
 

@@ -144,6 +144,24 @@ def test_a_cpu_limit_bounds_the_processes(tmp_path: Path, content: str, cpus: in
     assert available_cpus(tmp_path / "cpu.max") == (cpus or len(os.sched_getaffinity(0)))
 
 
+@pytest.mark.parametrize(
+    ("provider", "device", "processes"),
+    [("auto", "nvidiactl", 1), ("auto", "none", None), ("cpu", "nvidiactl", None), ("cuda", "none", 1)],
+)
+def test_a_gpu_that_is_there_takes_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, provider: str, device: str, processes: int | None
+) -> None:
+    package = tmp_path / "onnxruntime_gpu-1.31.1.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: onnxruntime-gpu\nVersion: 1.31.1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "nvidiactl").touch()
+    monkeypatch.setattr("service.settings.GPU_DEVICES", (tmp_path / device,))
+    monkeypatch.setattr("service.settings.available_cpus", lambda: 4)
+    monkeypatch.setenv("REFRAIN_PROVIDER", provider)
+    assert load_settings().processes == (processes or 4)
+
+
 def run_service(**environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "service"],
